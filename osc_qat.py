@@ -1,0 +1,626 @@
+"""Overcoming Oscillations in Quantization-Aware Training: the method, in the order of the paper.
+
+Nagel, Fournarakis, Bondarenko, Blankevoort, ICML 2022 (PMLR 162:16318-16330, arXiv 2203.11086).
+
+A weight in quantization-aware training (QAT) is kept in floating point and rounded in every forward
+pass. Rounding has no useful derivative, so its gradient is passed straight through. If the optimum
+lies between two grid points, the gradient then has one sign on the lower point and the other sign on
+the upper one: the weight is driven to the rounding threshold between them and jumps to and fro across
+it for the rest of training. The moving averages of batch norm (BN) cannot follow those jumps, and the
+weights that still jump at the end are rounded at random. This file holds the quantizer that makes it
+happen, the measure that counts it, and two ways to stop it.
+
+    paper          here                       shape         meaning                       paper's value
+    w              w, layer.weight            W             latent (shadow) weight        -
+    s              scale                      1, or C_out   step size of the grid         learned
+    n, p           int_min, int_max           -             integer limits                signed b bits:
+                                                            -2^(b-1), 2^(b-1)-1; unsigned: 0, 2^b-1
+    w_int          w_int                      W             round(w/s), clipped: integer  -
+    q(w), w_hat    w_hat                      W             s * w_int: on the grid        -
+    o_t            oscillates                 W             1 where w oscillates at t     -
+    f_t            frequency                  W             EMA of o_t, in 0..1           -
+    m              momentum                   -             momentum of both EMAs         0.001 (code)
+    f_th           freeze_threshold           -             frequency that freezes        cos(0.04, 0.01)
+    EMA(w_int)     ema_int                    W             EMA of the integers           -
+    L_dampen       dampening_loss             -             pull to the bin centres       -
+    lambda         (in the training loop)     -             weight of L_dampen            cos(0, 1e-3)
+
+W is the shape of a weight tensor; an "integer" is an integer-valued float tensor unless said otherwise.
+"""
+
+import math
+from collections.abc import Iterable
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------------
+# Section 2.1: the quantizer, and the gradients that pass through it
+# ---------------------------------------------------------------------------------------------------
+
+MIN_SCALE = torch.finfo(torch.float32).eps  # a scale's floor: small enough never to be a useful value
+
+
+def quantize_to_int(x: Tensor, scale: Tensor, int_min: int, int_max: int) -> Tensor:
+    """Integers clip(round(x / s), n, p) of Eq. 1, in x's shape and dtype; half rounds to even.
+
+    Forward pass, tracker and export all round here. An oscillating weight lives on the threshold, where
+    another formula for the same thing (x * (1/s), as in torch's fused kernels) rounds the other way.
+    """
+    return torch.div(x, scale).round_().clamp_(int_min, int_max)
+
+
+# Gradient estimators, Appendix A.1. Each maps (g, u) to dL/dw inside the grid: g is dL/dw_hat, u = w/s.
+# All of them multiply g by a positive factor, which is why none of them stops oscillation (A.3).
+# Deviation: EWGS and PSG measure w - q(w) in steps s, where A.1 leaves the unit open: in the unit of w
+# their factors would vanish with the scale (s is about 0.05 in a trained layer).
+EWGS_DELTA, PSG_EPS, DSQ_K = 0.2, 0.01, 5.0
+
+
+def ste(g: Tensor, u: Tensor) -> Tensor:
+    """Straight-through estimator: g. Bengio et al. 2013, Eq. 2."""
+    return g
+
+
+def ewgs(g: Tensor, u: Tensor) -> Tensor:
+    """Element-wise gradient scaling: g (1 + delta sign(g) (u - round(u))). Lee et al. 2021."""
+    return g * (1 + EWGS_DELTA * g.sign() * (u - u.round()))
+
+
+def psg(g: Tensor, u: Tensor) -> Tensor:
+    """Position-based scaled gradient: g (|u - round(u)| + eps). Kim et al. 2020."""
+    return g * ((u - u.round()).abs() + PSG_EPS)
+
+
+def dsq(g: Tensor, u: Tensor) -> Tensor:
+    """Differentiable soft quantization: g k/2 sech^2(k (u - floor(u) - 1/2)) / tanh(k/2). Gong et al. 2019."""
+    sech = 1 / torch.cosh(DSQ_K * (u - u.floor() - 0.5))
+    return g * sech.square() * (DSQ_K / 2 / math.tanh(DSQ_K / 2))
+
+
+ESTIMATORS = {"ste": ste, "ewgs": ewgs, "dsq": dsq, "psg": psg}
+
+
+class FakeQuantize(torch.autograd.Function):
+    """Eq. 1 forward; backward Eq. 2 for x, and for the scale the gradient of LSQ (Esser et al. 2020)."""
+
+    @staticmethod
+    def forward(ctx, x, scale, int_min, int_max, estimator):
+        # w_hat = s clip(round(w / s), n, p)                                                       Eq. 1
+        x_hat = quantize_to_int(x, scale, int_min, int_max).mul_(scale)
+        ctx.save_for_backward(x, x_hat, scale)
+        ctx.grid = int_min, int_max, estimator
+        return x_hat
+
+    @staticmethod
+    def backward(ctx, g):
+        x, x_hat, scale = ctx.saved_tensors
+        int_min, int_max, estimator = ctx.grid
+        # dL/dw = dL/dw_hat 1[n <= w/s <= p]                                                       Eq. 2
+        u = x / scale
+        g_inside = g * ((u >= int_min) & (u <= int_max))
+        # dw_hat/ds = round(u) - u inside the grid, n or p where clipped                             LSQ
+        # Deviation: without LSQ's optional factor 1/sqrt(numel * p), as in the released code.
+        g_scale = (g * x_hat - g_inside * x).sum_to_size(scale.shape) / scale
+        return ESTIMATORS[estimator](g_inside, u), g_scale, None, None, None
+
+
+def fake_quantize(x: Tensor, scale: Tensor, int_min: int, int_max: int, estimator: str = "ste") -> Tensor:
+    """Quantize and dequantize (Eq. 1), with a gradient to x (Eq. 2) and to the scale (LSQ).
+
+    Args:
+        x: real tensor of any shape.
+        scale: step size s > 0; one element, or broadcastable to x (one per output channel).
+        int_min, int_max: integer limits n < p of the grid.
+        estimator: name in ESTIMATORS; it shapes the gradient to x only.
+    Returns:
+        Tensor of x's shape with values on the grid s * {n, ..., p}.
+    Raises:
+        ValueError: for an unknown estimator.
+    """
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator {estimator!r} is unknown; choose from {', '.join(ESTIMATORS)}")
+    return FakeQuantize.apply(x, scale, int_min, int_max, estimator)
+
+
+class Quantizer(nn.Module):
+    """Uniform symmetric quantizer with a learned scale (Eq. 1).
+
+    Args:
+        bits: 2 to 8.
+        signed: grid -2^(b-1) .. 2^(b-1)-1; unsigned: 0 .. 2^b-1.
+        per_channel: number of output channels (dimension 0 of x) with a scale each; 0 = one scale.
+        estimator: name in ESTIMATORS.
+    Raises:
+        ValueError: for bits outside 2..8 or an unknown estimator.
+    """
+
+    def __init__(self, bits: int, signed: bool = True, per_channel: int = 0, estimator: str = "ste"):
+        super().__init__()
+        if bits not in range(2, 9):
+            raise ValueError(f"bits must be 2 to 8, not {bits}")
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"estimator {estimator!r} is unknown; choose from {', '.join(ESTIMATORS)}")
+        self.bits, self.signed, self.per_channel, self.estimator = bits, signed, per_channel, estimator
+        self.scale = nn.Parameter(torch.ones(max(per_channel, 1)))
+
+    @property
+    def int_min(self) -> int:
+        return -(2 ** (self.bits - 1)) if self.signed else 0
+
+    @property
+    def int_max(self) -> int:
+        return self.int_min + 2**self.bits - 1
+
+    def usable_scale(self, dim: int) -> Tensor:
+        """The scale, > 0 and finite, shaped to broadcast over a tensor with `dim` dimensions.
+
+        An optimizer step can carry it across zero, or to NaN. It is repaired in place (reflected; NaN and
+        infinity go to the floor) rather than clamped in the graph: clamp passes no gradient below its
+        bound, so the scale would stick there. `.data`, since a repair is no change that autograd must see.
+        """
+        self.scale.data.abs_().nan_to_num_(nan=MIN_SCALE, posinf=MIN_SCALE).clamp_(min=MIN_SCALE)
+        return self.scale.view(-1, *[1] * (dim - 1)) if self.per_channel else self.scale
+
+    def to_int(self, x: Tensor) -> Tensor:
+        """Integers of x (Eq. 1): float tensor of x's shape, integer-valued, no gradient."""
+        return quantize_to_int(x.detach(), self.usable_scale(x.dim()).detach(), self.int_min, self.int_max)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x on the grid, in float32 or wider: half precision would flip roundings."""
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        return fake_quantize(x, self.usable_scale(x.dim()), self.int_min, self.int_max, self.estimator)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Sets the scale to the minimiser of ||x - x_hat||^2 (section 4: MSE-initialised).
+
+        Searches max|x| / p times 1/64 .. 64/64, then 1/64 around the best in 16 finer steps. Zeros keep scale 1.
+
+        Raises:
+            ValueError: where x is empty or not finite.
+        """
+        if not (x.numel() and x.isfinite().all()):
+            raise ValueError("cannot set a scale from values that are missing, NaN or infinite")
+        rows = x.detach().flatten(1) if self.per_channel else x.detach().reshape(1, -1)
+        largest = rows.abs().amax(1, keepdim=True) / self.int_max
+        best = torch.ones_like(largest)
+        best_error = torch.full_like(largest, math.inf)
+        for fractions in (torch.arange(64, 0, -1) / 64, torch.arange(-8, 9) / 512):
+            start = torch.zeros_like(best) if fractions[0] == 1 else best.clone()
+            for fraction in fractions.tolist():
+                scale = (start + fraction * largest).clamp_(min=MIN_SCALE)
+                x_hat = quantize_to_int(rows, scale, self.int_min, self.int_max).mul_(scale)
+                error = x_hat.sub_(rows).square_().sum(1, keepdim=True)
+                better = error < best_error
+                best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
+        self.scale.copy_(torch.where(largest > 0, best, 1.0).flatten())
+
+    def get_extra_state(self) -> Tensor:
+        """Calibration decides the sign, so it travels with the scale in every state dict."""
+        return torch.tensor(self.signed)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.signed = bool(state)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Section 4, set-up: quantized layers and networks
+# ---------------------------------------------------------------------------------------------------
+
+
+class QuantLayer:
+    """What QuantConv2d and QuantLinear share: two quantizers, and the weights that Algorithm 1 froze.
+
+    frozen (bool, W) and frozen_int (int8, W) are buffers of the layer and not of the tracker: evaluation,
+    export and a reloaded checkpoint must see frozen integers without it.
+    """
+
+    def adopt(self, layer: nn.Module, weight_quantizer: Quantizer, input_quantizer: Quantizer | None) -> None:
+        """Takes over a float layer's parameters (the same objects) and sets the weight's scale."""
+        self.weight, self.bias = layer.weight, layer.bias
+        self.weight_quantizer, self.input_quantizer = weight_quantizer, input_quantizer
+        self.register_buffer("frozen", torch.zeros_like(layer.weight, dtype=torch.bool))
+        self.register_buffer("frozen_int", torch.zeros_like(layer.weight, dtype=torch.int8))
+        weight_quantizer.to(layer.weight.device).initialize(layer.weight)
+        self.train(layer.training)
+
+    def weight_int(self) -> Tensor:
+        """Current integers, W: the frozen ones where frozen, else those of the latent weight."""
+        return torch.where(self.frozen, self.frozen_int, self.weight_quantizer.to_int(self.weight))
+
+    def weight_hat(self) -> Tensor:
+        """Current quantized weight, W. A frozen one is s * w_int: gradient 0 to w, and w_int to s."""
+        w_hat = self.weight_quantizer(self.weight)
+        scale = self.weight_quantizer.usable_scale(self.weight.dim())
+        return torch.where(self.frozen, scale * self.frozen_int, w_hat)
+
+    def input_hat(self, x: Tensor) -> Tensor:
+        """The layer's input on its grid; in float where input_quantizer is None."""
+        return x if self.input_quantizer is None else self.input_quantizer(x)
+
+
+class QuantConv2d(QuantLayer, nn.Conv2d):
+    """A Conv2d, taken over with its parameters, that quantizes its weight and its input."""
+
+    def __init__(self, conv: nn.Conv2d, weight_quantizer: Quantizer, input_quantizer: Quantizer | None = None):
+        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
+                         conv.dilation, conv.groups, conv.bias is not None, device="meta")
+        if conv.padding_mode != "zeros":
+            raise ValueError(f"padding_mode {conv.padding_mode!r} is not supported, only 'zeros'")
+        self.adopt(conv, weight_quantizer, input_quantizer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(self.input_hat(x), self.weight_hat(), self.bias, self.stride, self.padding,
+                        self.dilation, self.groups)
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    """A Linear, taken over with its parameters, that quantizes its weight and its input."""
+
+    def __init__(self, linear: nn.Linear, weight_quantizer: Quantizer, input_quantizer: Quantizer | None = None):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.adopt(linear, weight_quantizer, input_quantizer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.input_hat(x), self.weight_hat(), self.bias)
+
+
+def quant_layers(model: nn.Module, max_bits: int = 8) -> dict[str, QuantLayer]:
+    """Quantized layers by name whose weights have at most `max_bits` bits."""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, QuantLayer) and module.weight_quantizer.bits <= max_bits}
+
+
+def quantize_model(model: nn.Module, weight_bits: int, act_bits: int | None = None, first_last_bits: int = 8,
+                   per_channel: bool = False, estimator: str = "ste") -> nn.Module:
+    """Swaps every Conv2d and Linear of a classifier for its quantized layer, in place.
+
+    The weights of the first and the last layer get `first_last_bits`. The image itself is not quantized;
+    the inputs of all other layers are, squeeze-excite layers included. Weights keep their values, their
+    scales are MSE-initialised; input scales wait for `calibrate`.
+
+    Args:
+        model: any network whose first and last Conv2d or Linear, in module order, are its first and last layer.
+        weight_bits, act_bits: 2 to 8; act_bits None leaves the inputs in float.
+        first_last_bits: 2 to 8.
+        per_channel: one weight scale per output channel (inputs always have one scale).
+        estimator: name in ESTIMATORS, of weights and inputs.
+    Returns:
+        The same model.
+    Raises:
+        ValueError: where there is nothing to swap, or an argument is out of range.
+    """
+    names = [name for name, module in model.named_modules() if type(module) in (nn.Conv2d, nn.Linear)]
+    if not names or names == [""]:
+        raise ValueError("the model contains no Conv2d or Linear layer to quantize")
+    for name in names:
+        layer = model.get_submodule(name)
+        bits = first_last_bits if name in (names[0], names[-1]) else weight_bits
+        weight_quantizer = Quantizer(bits, True, len(layer.weight) if per_channel else 0, estimator)
+        input_quantizer = None
+        if act_bits is not None and name != names[0]:
+            input_quantizer = Quantizer(act_bits, estimator=estimator).to(layer.weight.device)
+        swap = QuantConv2d if type(layer) is nn.Conv2d else QuantLinear
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, swap(layer, weight_quantizer, input_quantizer))
+    return model
+
+
+def images_of(batches: Iterable, model: nn.Module) -> Iterable[Tensor]:
+    """Image tensors of batches that are images, or tuples that begin with them, on the model's device."""
+    device = next(model.parameters()).device
+    for batch in batches:
+        yield (batch[0] if isinstance(batch, (tuple, list)) else batch).to(device, non_blocking=True)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module):
+    """Evaluation mode inside; each module's own mode again after."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable, samples: int = 2**15) -> None:
+    """Sets scale and sign of every input quantizer from real batches; everything else stays as it was.
+
+    Runs in evaluation mode with float inputs. A grid is signed where any batch has a negative input: a
+    linear bottleneck or h-swish on an unsigned grid loses half its values, and ReLU on a signed one a bit.
+
+    Args:
+        model: from quantize_model.
+        batches: images (N, 3, H, W), or tuples that begin with them.
+        samples: how many values of each input a batch contributes to the MSE search.
+    Raises:
+        ValueError: where there is no batch, or an input is not finite.
+    """
+    quantizers = {layer: layer.input_quantizer for layer in quant_layers(model).values() if layer.input_quantizer}
+    values: dict[QuantLayer, list[Tensor]] = {layer: [] for layer in quantizers}
+    lowest = dict.fromkeys(quantizers, math.inf)
+
+    def record(layer, args):
+        x = args[0].float().flatten()
+        lowest[layer] = min(lowest[layer], x.min().item())
+        spread = torch.linspace(0, x.numel() - 1, min(samples, x.numel()), device=x.device)
+        values[layer].append(x[spread.long()])
+
+    hooks = [layer.register_forward_pre_hook(record) for layer in quantizers]
+    try:
+        with evaluation_mode(model):
+            for layer in quantizers:
+                layer.input_quantizer = None
+            for images in images_of(batches, model):
+                model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer, quantizer in quantizers.items():
+            layer.input_quantizer = quantizer
+    for layer, quantizer in quantizers.items():
+        if not values[layer]:
+            raise ValueError("calibration needs at least one batch that reaches every layer")
+        quantizer.signed = lowest[layer] < 0
+        quantizer.initialize(torch.cat(values[layer]))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Section 2.3 and Algorithm 1: count oscillations, freeze the weights that oscillate
+# ---------------------------------------------------------------------------------------------------
+
+
+class OscillationTracker:
+    """Oscillation frequency of every low-bit weight (Eq. 4), and iterative freezing (Algorithm 1).
+
+    Call `step` once after each optimizer step and nowhere else: evaluation, BN re-estimation and gradient
+    accumulation leave the integers alone, and would only make the frequencies decay. All layers are one
+    flat vector here, which costs a dozen passes over the weights however many layers there are.
+
+    Args:
+        model: from quantize_model, on its device.
+        momentum: m of both EMAs, in 0..1. Paper silent: the released code has 0.001.
+        max_bits: layers with more weight bits are not tracked (released code: 4).
+    Raises:
+        ValueError: for a momentum outside 0..1.
+    """
+
+    def __init__(self, model: nn.Module, momentum: float = 0.01, max_bits: int = 4):
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum must be above 0 and at most 1, not {momentum}")
+        self.layers, self.momentum = quant_layers(model, max_bits), momentum
+        self.w_int = self._gather(layer.weight_int() for layer in self.layers.values())
+        self.ema_int = self.w_int.clone()
+        self.last_change = torch.zeros_like(self.w_int)  # previous change of the integer; 0 = none yet
+        self.f = torch.zeros_like(self.w_int)
+
+    @torch.no_grad()
+    def step(self, freeze_threshold: float | None = None) -> None:
+        """One iteration of Algorithm 1 after its optimizer step; None tracks without freezing."""
+        m = self.momentum
+        w_int = self._gather(layer.weight_int() for layer in self.layers.values())
+        # o_t = 1 where w_int changed, and in the direction opposite to its previous change          Eq. 4
+        # Deviation: the first change is no oscillation; Algorithm 1's zero start would count it.
+        change = w_int - self.w_int
+        oscillates = change * self.last_change < 0
+        # f_t = m o_t + (1 - m) f_{t-1}
+        self.f.mul_(1 - m).add_(oscillates, alpha=m)
+        self.last_change = torch.where(change != 0, change, self.last_change)
+        if freeze_threshold is not None:
+            w_int = self._freeze(self.f > freeze_threshold, w_int)
+        # EMA_t(w_int) = m w_int + (1 - m) EMA_{t-1}(w_int)
+        # Deviation: from the first iteration on; the released code starts it when freezing starts.
+        self.ema_int.mul_(1 - m).add_(w_int, alpha=m)
+        self.w_int = w_int
+
+    def _freeze(self, above: Tensor, w_int: Tensor) -> Tensor:
+        """Freezes weights above the threshold at round(EMA_{t-1}(w_int)); returns the integers after it."""
+        frozen = self._gather(layer.frozen for layer in self.layers.values())
+        w_int = torch.where(above & ~frozen, self.ema_int.round(), w_int)
+        frozen |= above
+        for layer, mask, ints in zip(self.layers.values(), self._split(frozen), self._split(w_int)):
+            layer.frozen.copy_(mask)
+            layer.frozen_int.copy_(ints)
+            # The latent weight is held at its bin centre too, against momentum and weight decay, so that
+            # the network is the same to whoever reads only the weights.
+            scale = layer.weight_quantizer.usable_scale(mask.dim())
+            layer.weight.copy_(torch.where(mask, scale * ints, layer.weight))
+        return w_int
+
+    def _gather(self, tensors: Iterable[Tensor]) -> Tensor:
+        parts = [tensor.flatten() for tensor in tensors]
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        weights = [layer.weight for layer in self.layers.values()]
+        return [part.view(w.shape) for part, w in zip(flat.split([w.numel() for w in weights]), weights)]
+
+    def _by_name(self, flat: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.layers, self._split(flat.clone())))
+
+    def frequency(self) -> dict[str, Tensor]:
+        """f_t of Eq. 4 by layer: W, full reversals per iteration, 0..1."""
+        return self._by_name(self.f)
+
+    def integers(self) -> dict[str, Tensor]:
+        """w_int at the last step by layer: W, integers."""
+        return self._by_name(self.w_int)
+
+    def mean_integers(self) -> dict[str, Tensor]:
+        """EMA of the integers by layer: W; its fraction is the share of time in the upper state."""
+        return self._by_name(self.ema_int)
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Masks of frozen weights by layer: W, bool."""
+        return {name: layer.frozen.clone() for name, layer in self.layers.items()}
+
+    def oscillating_masks(self, threshold: float = 0.005) -> dict[str, Tensor]:
+        """Weights with f_t > threshold that are not frozen, by layer: W, bool."""
+        return {name: (f > threshold) & ~self.layers[name].frozen for name, f in self.frequency().items()}
+
+    def oscillating(self, threshold: float = 0.005) -> float:
+        """Share of the tracked weights that oscillate, 0..1 (Osc. of Tables 4 and 5)."""
+        return self._share(self.oscillating_masks(threshold))
+
+    def frozen_share(self) -> float:
+        """Share of the tracked weights that are frozen, 0..1."""
+        return self._share(self.frozen())
+
+    def _share(self, masks: dict[str, Tensor]) -> float:
+        return sum(mask.sum().item() for mask in masks.values()) / max(self.f.numel(), 1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint needs beside the model's own state, which has the masks and frozen integers."""
+        return {"w_int": self.w_int, "ema_int": self.ema_int, "last_change": self.last_change, "f": self.f}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raises ValueError for a state of other layers."""
+        for name, tensor in self.state_dict().items():
+            if name not in state or state[name].shape != tensor.shape:
+                raise ValueError("tracker state does not fit: it was saved for other layers or bits")
+            tensor.copy_(state[name])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Section 3 (4 on arXiv): dampening, and the schedules
+# ---------------------------------------------------------------------------------------------------
+
+
+def dampening_loss(model: nn.Module, reduction: str = "sum", max_bits: int = 4) -> Tensor:
+    """Eq. 5 summed over the layers with at most `max_bits` weight bits: a scalar with gradient to the weights.
+
+    Args:
+        model: from quantize_model.
+        reduction: "sum", the squared Frobenius norm of Eq. 5; "kernel_mean", the released code's: summed
+            over output channels, averaged over the rest of the kernel. A lambda belongs to one of them.
+        max_bits: layers with more weight bits are left out.
+    Raises:
+        ValueError: for an unknown reduction.
+    """
+    if reduction not in ("sum", "kernel_mean"):
+        raise ValueError(f"reduction must be 'sum' or 'kernel_mean', not {reduction!r}")
+    loss = torch.zeros((), device=next(model.parameters()).device)
+    for layer in quant_layers(model, max_bits).values():
+        w, quantizer = layer.weight, layer.weight_quantizer
+        scale = quantizer.usable_scale(w.dim()).detach()
+        w_hat = layer.weight_hat().detach()
+        # L_dampen = || w_hat - clip(w, s n, s p) ||_F^2, no gradient through the bin centre w_hat      Eq. 5
+        clipped = w.clamp(scale * quantizer.int_min, scale * quantizer.int_max)
+        gap = torch.where(layer.frozen, 0, w_hat - clipped)
+        loss = loss + gap.square().sum() / (w[0].numel() if reduction == "kernel_mean" else 1)
+    return loss
+
+
+def cosine_anneal(start: float, end: float, progress: float, warmup: float = 0.25) -> float:
+    """Half a cosine from start to end while progress (0..1) goes from warmup to 1; start before that.
+
+    cos(start, end) of Tables 4 and 5, for lambda and f_th. Paper silent on warmup: the released code
+    leaves freezing off for the first quarter of training.
+    """
+    t = min(max((progress - warmup) / (1 - warmup), 0.0), 1.0)
+    return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
+
+
+# ---------------------------------------------------------------------------------------------------
+# Section 2.3.1 and Table 1: batch norm under oscillation
+# ---------------------------------------------------------------------------------------------------
+
+
+def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """BN layers with running statistics, by name."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, kinds) and module.track_running_stats}
+
+
+@contextmanager
+def batch_statistics(model: nn.Module, momentum: float | None):
+    """Evaluation mode, but for BN: it normalises by the batch and updates by `momentum` (None = plain mean)."""
+    bns = batch_norms(model).values()
+    momenta = {bn: bn.momentum for bn in bns}
+    with evaluation_mode(model):
+        for bn in bns:
+            bn.train()
+            bn.momentum = momentum
+        try:
+            yield
+        finally:
+            for bn in bns:
+                bn.momentum = momenta[bn]
+
+
+@torch.no_grad()
+def reestimate_bn(model: nn.Module, batches: Iterable) -> None:
+    """Replaces BN's running statistics by the plain mean of the statistics of the given batches.
+
+    The remedy of section 2.3.1 for statistics that went stale under oscillating weights. Variances are
+    the unbiased ones that BN itself keeps. Modes, momenta, weights and trackers stay as they were.
+
+    Args:
+        model: any network; without BN nothing happens.
+        batches: training images (N, 3, H, W), or tuples that begin with them; released code: 50 of 128.
+    Raises:
+        ValueError: where there is no batch.
+    """
+    bns = batch_norms(model).values()
+    counts = [bn.num_batches_tracked.clone() for bn in bns]
+    done = 0
+    with batch_statistics(model, None):
+        for done, images in enumerate(images_of(batches, model), 1):
+            if done == 1:
+                for bn in bns:
+                    bn.reset_running_stats()
+            model(images)
+    for bn, count in zip(bns, counts):
+        bn.num_batches_tracked.copy_(count)
+    if not done:
+        raise ValueError("BN re-estimation needs at least one batch")
+
+
+@torch.no_grad()
+def bn_kl_divergence(model: nn.Module, batches: Iterable) -> dict[str, Tensor]:
+    """Table 1: KL divergence of each BN layer's running statistics q from the population's p, per channel.
+
+    Paper silent on how p is taken: here mean and variance of all inputs of the layer over all batches, while
+    BN normalises by the batch, as in training: so a layer is charged with its own stale statistics only.
+
+    Args:
+        model: any network with BN; it is left as it was.
+        batches: training images (N, 3, H, W), or tuples that begin with them.
+    Returns:
+        BN layer name -> D(p, q) >= 0, in nats, of shape (channels,).
+    Raises:
+        ValueError: where there is no batch.
+    """
+    bns = batch_norms(model)
+    sums = {bn: torch.zeros(3, bn.num_features, dtype=torch.float64) for bn in bns.values()}
+
+    def record(bn, args):
+        x = args[0].detach().double().transpose(0, 1).flatten(1).cpu()  # (channels, everything else)
+        sums[bn] += torch.stack([torch.full_like(x[:, 0], x.shape[1]), x.sum(1), x.square().sum(1)])
+
+    hooks = [bn.register_forward_pre_hook(record) for bn in bns.values()]
+    try:
+        with batch_statistics(model, 0.0):  # momentum 0 keeps the running statistics
+            for images in images_of(batches, model):
+                model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if any(not total[0].all() for total in sums.values()):
+        raise ValueError("the KL divergence needs at least one batch")
+    return {name: _normal_kl(*sums[bn], bn) for name, bn in bns.items()}
+
+
+def _normal_kl(count: Tensor, total: Tensor, squares: Tensor, bn: nn.Module) -> Tensor:
+    mean_p, mean_q = total / count, bn.running_mean.double().cpu()
+    # bn.eps on both sides, as BN normalises with it: a channel that is constant has no infinite divergence.
+    var_p, var_q = squares / count - mean_p.square() + bn.eps, bn.running_var.double().cpu() + bn.eps
+    # D(p, q) = log(sigma_q / sigma_p) + (sigma_p^2 + (mu_p - mu_q)^2) / (2 sigma_q^2) - 1/2       Table 1
+    return ((var_q / var_p).log() / 2 + (var_p + (mean_p - mean_q).square()) / (2 * var_q) - 0.5).float()
