@@ -31,6 +31,7 @@ W is the shape of a weight tensor; an "integer" is an integer-valued float tenso
 import math
 from collections.abc import Iterable
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -237,6 +238,12 @@ class QuantLayer:
         scale = self.weight_quantizer.usable_scale(self.weight.dim())
         return torch.where(self.frozen, scale * self.frozen_int, w_hat)
 
+    @torch.no_grad()
+    def place(self, mask: Tensor, w_int: Tensor) -> None:
+        """Moves the latent weights under the mask to the bin centres s * w_int."""
+        scale = self.weight_quantizer.usable_scale(mask.dim())
+        self.weight.copy_(torch.where(mask, scale * w_int, self.weight))
+
     def input_hat(self, x: Tensor) -> Tensor:
         """The layer's input on its grid; in float where input_quantizer is None."""
         return x if self.input_quantizer is None else self.input_quantizer(x)
@@ -304,8 +311,7 @@ def quantize_model(model: nn.Module, weight_bits: int, act_bits: int | None = No
         if act_bits is not None and name != names[0]:
             input_quantizer = Quantizer(act_bits, estimator=estimator).to(layer.weight.device)
         swap = QuantConv2d if type(layer) is nn.Conv2d else QuantLinear
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, swap(layer, weight_quantizer, input_quantizer))
+        model.set_submodule(name, swap(layer, weight_quantizer, input_quantizer))
     return model
 
 
@@ -429,8 +435,7 @@ class OscillationTracker:
             layer.frozen_int.copy_(ints)
             # The latent weight is held at its bin centre too, against momentum and weight decay, so that
             # the network is the same to whoever reads only the weights.
-            scale = layer.weight_quantizer.usable_scale(mask.dim())
-            layer.weight.copy_(torch.where(mask, scale * ints, layer.weight))
+            layer.place(mask, ints)
         return w_int
 
     def _gather(self, tensors: Iterable[Tensor]) -> Tensor:
@@ -542,17 +547,17 @@ def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
 @contextmanager
 def batch_statistics(model: nn.Module, momentum: float | None):
     """Evaluation mode, but for BN: it normalises by the batch and updates by `momentum` (None = plain mean)."""
-    bns = batch_norms(model).values()
-    momenta = {bn: bn.momentum for bn in bns}
+    before = {bn: (bn.momentum, bn.num_batches_tracked.clone()) for bn in batch_norms(model).values()}
     with evaluation_mode(model):
-        for bn in bns:
+        for bn in before:
             bn.train()
             bn.momentum = momentum
         try:
             yield
         finally:
-            for bn in bns:
-                bn.momentum = momenta[bn]
+            for bn, (own_momentum, count) in before.items():
+                bn.momentum = own_momentum
+                bn.num_batches_tracked.copy_(count)
 
 
 @torch.no_grad()
@@ -568,17 +573,13 @@ def reestimate_bn(model: nn.Module, batches: Iterable) -> None:
     Raises:
         ValueError: where there is no batch.
     """
-    bns = batch_norms(model).values()
-    counts = [bn.num_batches_tracked.clone() for bn in bns]
     done = 0
     with batch_statistics(model, None):
         for done, images in enumerate(images_of(batches, model), 1):
             if done == 1:
-                for bn in bns:
+                for bn in batch_norms(model).values():
                     bn.reset_running_stats()
             model(images)
-    for bn, count in zip(bns, counts):
-        bn.num_batches_tracked.copy_(count)
     if not done:
         raise ValueError("BN re-estimation needs at least one batch")
 
@@ -624,3 +625,88 @@ def _normal_kl(count: Tensor, total: Tensor, squares: Tensor, bn: nn.Module) -> 
     var_p, var_q = squares / count - mean_p.square() + bn.eps, bn.running_var.double().cpu() + bn.eps
     # D(p, q) = log(sigma_q / sigma_p) + (sigma_p^2 + (mu_p - mu_q)^2) / (2 sigma_q^2) - 1/2       Table 1
     return ((var_q / var_p).log() / 2 + (var_p + (mean_p - mean_q).square()) / (2 * var_q) - 0.5).float()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Section 2.3.2 and Table 3: what the oscillating weights cost
+# ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample_oscillating_weights(model: nn.Module, tracker: OscillationTracker, generator: torch.Generator | None = None,
+                               threshold: float = 0.005) -> int:
+    """Rounds the oscillating weights at random, in place: the stochastic rounding of Table 3.
+
+    A weight that oscillates between two integers takes the upper one with probability p(w_up), its share of
+    time there. The tracker stays as it was, so that one can sample again.
+
+    Args:
+        model: the tracker's, or a copy of it.
+        tracker: tells which weights oscillate and where.
+        generator: of the random numbers, on the CPU.
+        threshold: a weight oscillates where f_t > threshold (paper: 0.005).
+    Returns:
+        The number of weights sampled.
+    """
+    ema = tracker.mean_integers()
+    masks = tracker.oscillating_masks(threshold)
+    for name, mask in masks.items():
+        # p(w_up) = EMA(w_int) - floor(EMA(w_int))
+        lower = ema[name].floor()
+        upper = torch.rand(mask.shape, generator=generator).to(mask.device) < ema[name] - lower
+        model.get_submodule(name).place(mask, lower + upper)
+    return sum(mask.sum().item() for mask in masks.values())
+
+
+def optimize_oscillating_weights(model: nn.Module, tracker: OscillationTracker, batches: Iterable, steps: int = 10_000,
+                                 lr: float = 0.01, regularizer: float = 1.0, threshold: float = 0.005) -> int:
+    """Chooses between the two states of all oscillating weights together, in place: AdaRound in Table 3.
+
+    Each choice is relaxed to h in 0..1 (Nagel et al. 2020) and descends the task loss plus a regulariser that
+    drives h to 0 or 1; all else is constant. h enters through the layers' frozen integers.
+    Paper silent on learning rate and weight of the regulariser, here a mean over the choices.
+
+    Args:
+        model, tracker, threshold: as for sample_oscillating_weights.
+        batches: (images, labels), at least `steps` of them; paper: 64 images.
+        steps: iterations; paper: 10,000.
+        lr: of Adam, for the logits of h.
+        regularizer: weight of the regulariser, off in the first fifth.
+    Returns:
+        The number of weights chosen.
+    """
+    ema = tracker.mean_integers()
+    masks = {name: mask for name, mask in tracker.oscillating_masks(threshold).items() if mask.any()}
+    lower = {name: ema[name].floor() for name in masks}
+    share = torch.cat([(ema[name] - lower[name])[mask] for name, mask in masks.items()] or [torch.zeros(0)])
+    # h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1), started at h = p(w_up)              AdaRound, Eqs. 23 and 24
+    v = torch.logit((share + 0.1) / 1.2).requires_grad_()
+    optimizer = torch.optim.Adam([v], lr)
+    device = next(model.parameters()).device
+    with batch_statistics(model, 0.0):
+        for step, (images, labels) in enumerate(islice(batches, steps if masks else 0)):
+            h = (1.2 * v.sigmoid() - 0.1).clamp(0, 1)
+            logits = torch.func.functional_call(model, _soft_integers(model, masks, lower, h), images.to(device))
+            # sum 1 - |2 h - 1|^beta, beta from 20 to 2
+            beta = cosine_anneal(20.0, 2.0, step / steps, warmup=0.2)
+            loss = F.cross_entropy(logits, labels.to(device))
+            if step >= steps / 5:
+                loss = loss + regularizer * (1 - (2 * h - 1).abs().pow(beta)).mean()
+            optimizer.zero_grad()
+            loss.backward(inputs=[v])
+            optimizer.step()
+    choices = (v.detach() > 0).split([mask.sum().item() for mask in masks.values()])
+    for (name, mask), upper in zip(masks.items(), choices):
+        model.get_submodule(name).place(mask, lower[name].masked_scatter(mask, lower[name][mask] + upper))
+    return v.numel()
+
+
+def _soft_integers(model: nn.Module, masks: dict, lower: dict, h: Tensor) -> dict[str, Tensor]:
+    """Buffers of the layers in which the masked weights are frozen at lower + h, a real number."""
+    buffers = {}
+    for (name, mask), part in zip(masks.items(), h.split([mask.sum().item() for mask in masks.values()])):
+        layer = model.get_submodule(name)
+        soft = lower[name].masked_scatter(mask, lower[name][mask] + part)
+        buffers[f"{name}.frozen_int"] = torch.where(layer.frozen, layer.frozen_int, soft)
+        buffers[f"{name}.frozen"] = layer.frozen | mask
+    return buffers

@@ -21,9 +21,9 @@ import os
 import signal
 import sys
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -36,8 +36,9 @@ from torchvision import transforms
 from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
 from tqdm import tqdm
 
-from osc_qat import (ESTIMATORS, OscillationTracker, Quantizer, batch_norms, calibrate, cosine_anneal,
-                     dampening_loss, quantize_model, reestimate_bn)
+from osc_qat import (ESTIMATORS, OscillationTracker, Quantizer, batch_norms, bn_kl_divergence, calibrate,
+                     cosine_anneal, dampening_loss, optimize_oscillating_weights, quantize_model, reestimate_bn,
+                     sample_oscillating_weights)
 
 # ---------------------------------------------------------------------------------------------------
 # Recipes: what a flag is where the command line does not say
@@ -54,10 +55,10 @@ PUBLISHED = {
     ("efficientnet_lite0", "freeze", 4): (0.0033, 1e-4, 0.015, 50),
     ("efficientnet_lite0", "freeze", 3): (0.01, 5e-5, 0.005, 50),
 }
-IMAGENET = dict(image_size=224, width=1.0, batch_size=128, lr_floor=0.0, scale_lr=1e-5, bn_momentum=0.1,
+IMAGENET = dict(image_size=224, width=1.0, dropout=0.2, batch_size=128, lr_floor=0.0, scale_lr=1e-5, bn_momentum=0.1,
                 osc_momentum=0.001, freeze_start=0.1, lambda_start=0.0)
 # The embedded data set: found by experiment, see the README ("The embedded data set").
-EMBEDDED = dict(image_size=48, width=0.35, batch_size=32, epochs=3, lr=0.1, lr_floor=0.5, weight_decay=2.5e-5,
+EMBEDDED = dict(image_size=48, width=0.35, dropout=0.0, batch_size=32, epochs=3, lr=0.1, lr_floor=0.5, weight_decay=2.5e-5,
                 scale_lr=1e-4, bn_momentum=0.02, osc_momentum=0.005, freeze_start=0.04, freeze_end=0.011,
                 lambda_start=0.0, lambda_end=0.1)
 
@@ -433,21 +434,8 @@ class Folder:
 # ---------------------------------------------------------------------------------------------------
 
 VERSION = 1  # of the checkpoint's layout
-FREE = ("output", "resume", "workers", "device", "checkpoint_every", "data", "weights")  # may differ on --resume
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data, device: torch.device, amp: bool) -> float:
-    """Top-1 on the validation images, in percent, over all processes."""
-    right = torch.zeros(2, dtype=torch.float64, device=device)  # correct, seen
-    model.eval()
-    for images, labels in tqdm(data.val(), "validate", leave=False, disable=None):
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            predicted = model(images.to(device, non_blocking=True)).argmax(1)
-        right += torch.tensor([(predicted == labels.to(device)).sum(), len(labels)], device=device)
-    if dist.is_initialized():
-        dist.all_reduce(right)
-    return 100 * (right[0] / right[1]).item() if right[1] else math.nan
+FREE = ("output", "resume", "workers", "device", "checkpoint_every", "data", "weights", "evaluate", "analyze",
+        "samples", "choice_steps", "plot", "summarize")  # may differ on --resume
 
 
 def bn_state(model: nn.Module) -> dict[str, Tensor]:
@@ -488,6 +476,7 @@ class Run:
         self.best, self.seconds, self.begun, self.stopped = -1.0, 0.0, time.perf_counter(), 0
         self.fp32_top1: float | None = None
         self.reestimated: dict[str, Tensor] = {}
+        self.trace: deque[Tensor] = deque(maxlen=1000)  # Figure 2: integers and w / s of --trace's first channel
 
     def say(self, text: str) -> None:
         """One line, from one process."""
@@ -499,24 +488,19 @@ class Run:
     def start(self) -> None:
         """The float network, its score, quantization and calibration; or what the checkpoint holds."""
         args, path = self.args, self.output / "last.pt"
-        content = None
         if args.resume and path.exists():
-            content = read_checkpoint(path, "--resume", args)
-            model = make_network(content["network"])
-        else:
-            torch.manual_seed(seed_of(args.seed))
-            weights = float_weights(args)
-            self.say(f"{args.model}, {weights or 'random'} weights")
-            model = build_model(args.model, self.data.num_classes, weights, args.width)
+            self.open(read_checkpoint(path, "--resume", args))
+            return self.say(f"resumed at step {self.step} of {self.total}")
+        torch.manual_seed(seed_of(args.seed))
+        weights = float_weights(args)
+        self.say(f"{args.model}, {weights or 'random'} weights")
+        model = build_model(args.model, self.data.num_classes, weights, args.width)
         self.data.preprocess(**INPUTS[model.network["layout"]])
         self.model = model.to(self.device, memory_format=getattr(torch, args.memory_format))
-        if content is None:
-            if args.method != "fp32":
-                self.fp32_top1 = accuracy(self.model, self.data, self.device, args.amp)
-                self.quantize()
+        if args.method != "fp32":
+            self.fp32_top1 = self.accuracy()
+            self.quantize()
         self.prepare()
-        if content is not None:
-            self.load(content)
 
     def quantize(self) -> None:
         """Quantizes the network as the flags say, input scales from four training batches."""
@@ -532,17 +516,59 @@ class Run:
         args, model = self.args, self.model
         for bn in batch_norms(model).values():
             bn.momentum = args.bn_momentum
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = args.dropout
         scales = [module.scale for module in model.modules() if isinstance(module, Quantizer)]
         ids = set(map(id, scales))
         weights = [parameter for parameter in model.parameters() if id(parameter) not in ids]
         self.optimizers = [torch.optim.SGD(weights, args.lr, momentum=0.9, weight_decay=args.weight_decay)]
         self.optimizers += [torch.optim.Adam(scales, args.scale_lr)] if scales else []
         self.tracker = OscillationTracker(model, args.osc_momentum)
+        if args.trace and args.trace not in self.tracker.layers:
+            raise UserError(f"--trace {args.trace}: no tracked layer; there are {', '.join(self.tracker.layers) or 'none'}")
         self.net = model
         if dist.is_initialized():  # BN buffers are averaged in bn_state instead
             self.net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         if args.compile:
             self.net = torch.compile(self.net)
+
+    def open(self, content: dict) -> None:
+        """The network, tracker and optimizers of a checkpoint."""
+        self.model = make_network(content["network"]).to(
+            self.device, memory_format=getattr(torch, self.args.memory_format))
+        self.data.preprocess(**INPUTS[self.model.network["layout"]])
+        self.prepare()
+        self.load(content)
+
+    # --- scores -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def accuracy(self) -> float:
+        """Top-1 on the validation images, in percent, over all processes."""
+        right = torch.zeros(2, dtype=torch.float64, device=self.device)  # correct, seen
+        self.model.eval()
+        for images, labels in tqdm(self.data.val(), "validate", leave=False, disable=True if self.ranks[0] else None):
+            predicted = self.forward(self.model, images).argmax(1)
+            right += torch.tensor([(predicted.cpu() == labels).sum(), len(labels)], device=self.device)
+        if dist.is_initialized():
+            dist.all_reduce(right)
+        return 100 * (right[0] / right[1]).item() if right[1] else math.nan
+
+    @torch.no_grad()
+    def score(self) -> tuple[float, float]:
+        """Train loss and top-1 with BN re-estimated, which the network keeps (Table 3)."""
+        reestimate_bn(self.model, islice(self.data.train(EXTRA), self.args.bn_batches))
+        self.model.eval()
+        losses = [F.cross_entropy(self.forward(self.model, images).cpu().float(), labels).item()
+                  for images, labels in islice(self.data.train(EXTRA - 1), self.args.bn_batches)]
+        return sum(losses) / len(losses), self.accuracy()
+
+    def forward(self, net: nn.Module, images: Tensor) -> Tensor:
+        """Logits, under autocast where --amp asks for it."""
+        images = images.to(self.device, memory_format=getattr(torch, self.args.memory_format), non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
+            return net(images)
 
     # --- the loop -----------------------------------------------------------------------------------
 
@@ -559,9 +585,8 @@ class Run:
         args = self.args
         torch.manual_seed(seed_of(args.seed, self.step, self.ranks[0]))  # dropout: no RNG state to keep
         lr, lambda_, freeze_threshold = self.schedule(self.step)
-        images = images.to(self.device, memory_format=getattr(torch, args.memory_format), non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp):
-            task_loss = F.cross_entropy(self.net(images), labels.to(self.device, non_blocking=True))
+        logits = self.forward(self.net, images)
+        task_loss = F.cross_entropy(logits.float(), labels.to(self.device, non_blocking=True))
         loss = task_loss
         if lambda_:
             loss = loss + lambda_ * dampening_loss(self.model, args.dampening)
@@ -575,6 +600,10 @@ class Run:
         for optimizer in self.optimizers:
             optimizer.step()
         self.tracker.step(freeze_threshold)
+        if args.trace:
+            layer = self.tracker.layers[args.trace]
+            u = layer.weight[:1] / layer.weight_quantizer.usable_scale(layer.weight.dim())[:1]
+            self.trace.append(torch.stack([layer.weight_int()[0], u[0]]).detach().cpu().flatten(1))
         self.step += 1
         return task_loss.item()
 
@@ -606,12 +635,12 @@ class Run:
         """Scores the network before and after BN re-estimation; training goes on with BN's own statistics."""
         own = bn_state(self.model)
         self.model.load_state_dict(own, strict=False)
-        pre = accuracy(self.model, self.data, self.device, self.args.amp)
+        pre = self.accuracy()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
             reestimate_bn(self.model, islice(self.data.train(EXTRA), self.args.bn_batches))
         self.reestimated = bn_state(self.model)
         self.model.load_state_dict(self.reestimated, strict=False)
-        post = accuracy(self.model, self.data, self.device, self.args.amp)
+        post = self.accuracy()
         self.model.load_state_dict(own, strict=False)
         lr, lambda_, threshold = self.schedule(self.step - 1) if self.step else (0.0, 0.0, None)
         self.rows.append({
@@ -679,7 +708,10 @@ class Run:
             "model": self.model.state_dict(), "reestimated_bn": self.reestimated, "tracker": self.tracker.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "step": self.step,
             "loss_sum": self.loss_sum, "rows": self.rows, "best": self.best, "seconds": self.elapsed(),
-            "fp32_top1": self.fp32_top1}
+            "fp32_top1": self.fp32_top1, "trace": {}}
+        if self.trace:
+            w_int, u = torch.stack(list(self.trace)).unbind(1)  # [iterations, weights of the first channel]
+            content["trace"] = {"layer": self.args.trace, "w_int": w_int, "u": u}
         for name in names:
             save_atomically(content, self.output / name, torch.save)
         if self.rows:
@@ -694,7 +726,7 @@ class Run:
         self.step, self.loss_sum, self.rows = content["step"], content["loss_sum"], content["rows"]
         self.best, self.seconds, self.fp32_top1 = content["best"], content["seconds"], content["fp32_top1"]
         self.reestimated = content["reestimated_bn"]
-        self.say(f"resumed at step {self.step} of {self.total}")
+        self.trace.extend(torch.stack([content["trace"][key] for key in ("w_int", "u")], 1) if content["trace"] else [])
 
 
 def write_csv(rows: list[dict], file) -> None:
@@ -761,20 +793,193 @@ def train(args: argparse.Namespace) -> dict:
             signal.signal(number, handler)
 
 
+# ---------------------------------------------------------------------------------------------------
+# The paper's analyses of finished runs
+# ---------------------------------------------------------------------------------------------------
+
+
+def open_checkpoint(path: str, flag: str, args: argparse.Namespace) -> tuple[Run, dict]:
+    """A finished run as it was after its last step, on the data of the command line."""
+    content = read_checkpoint(path, flag)
+    here = {name: getattr(args, name) for name in ("data", "device", "workers", "bn_batches")}
+    run = Run(argparse.Namespace(**{**content["arguments"], **here, "compile": False}))
+    if run.data.num_classes != content["network"]["num_classes"]:
+        raise UserError(f"{flag} {path}: is for {content['network']['num_classes']} classes, the data has "
+                        f"{run.data.num_classes}; give its own --data")
+    run.open(content)
+    return run, content
+
+
 def evaluate(args: argparse.Namespace) -> dict:
     """Top-1 of a checkpoint, with BN's own statistics and with the re-estimated ones it holds."""
-    content = read_checkpoint(args.evaluate, "--evaluate")
-    args = argparse.Namespace(**{**content["arguments"], "data": args.data, "device": args.device})
-    run = Run(args)
-    model = make_network(content["network"])
-    run.data.preprocess(**INPUTS[model.network["layout"]])
-    model.to(run.device, memory_format=getattr(torch, args.memory_format))
-    scores = {}
-    for name, state in (("pre_bn_top1", content["model"]), ("post_bn_top1", content["reestimated_bn"])):
-        model.load_state_dict(state, strict=name == "pre_bn_top1")
-        scores[name] = accuracy(model, run.data, run.device, args.amp)
+    run, content = open_checkpoint(args.evaluate, "--evaluate", args)
+    scores = {"pre_bn_top1": run.accuracy()}
+    run.model.load_state_dict(content["reestimated_bn"], strict=False)
+    scores["post_bn_top1"] = run.accuracy()
     print(json.dumps(scores))
     return scores
+
+
+def analyze(args: argparse.Namespace) -> None:
+    """Table 1 and Table 3 of the first checkpoint, Figures 2 to 4 of all of them."""
+    runs = [open_checkpoint(path, "--analyze", args) for path in args.analyze]
+    names = [f"{run.args.method} w{run.args.bits}a{run.args.act_bits}" for run, _ in runs]
+    untracked = [path for path, (run, _) in zip(args.analyze, runs) if not run.tracker.layers]
+    if untracked:
+        raise UserError(f"--analyze {untracked[0]}: has no weights of 4 bits or fewer to analyze")
+    show_figures(runs, names, args)
+    table1(runs[0][0])
+    table3(runs, names, args)
+
+
+def table1(run: Run) -> None:
+    """KL divergence of BN's statistics from the population's, by layer and by kind of convolution."""
+    kinds, kind = {}, ""
+    for name, module in run.model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            kind = "full" if module.groups == 1 and module.kernel_size != (1, 1) else \
+                "pointwise" if module.groups == 1 else "depthwise"
+        kinds[name] = kind  # of the convolution before it
+    divergence = bn_kl_divergence(run.model, islice(run.data.train(EXTRA), run.args.bn_batches))
+    print(f"\nTable 1: KL divergence of BN statistics\n{'layer':<28}{'convolution':<13}{'max D':>10}{'mean D':>10}")
+    for kind in ("depthwise", "pointwise", "full"):
+        rows = {name: d for name, d in divergence.items() if kinds[name] == kind}
+        for name, d in rows.items():
+            print(f"{name:<28}{kind:<13}{d.max():>10.4f}{d.mean():>10.4f}")
+        if rows:
+            every = torch.cat(list(rows.values()))
+            print(f"{'all ' + kind:<28}{'':<13}{every.max():>10.4f}{every.mean():>10.4f}")
+
+
+def table3(runs: list, names: list[str], args: argparse.Namespace) -> None:
+    """Train loss and top-1, BN re-estimated: as trained, sampled, optimised, and of the other runs."""
+    run, content = runs[0]
+    print(f"\nTable 3: BN re-estimated each time\n{'network':<42}{'train loss':>18}{'top-1':>16}")
+    print_scores(names[0], [run.score()])
+    sampler, samples = generator(run.args.seed), []
+    for _ in range(args.samples):
+        sample_oscillating_weights(run.model, run.tracker, sampler)
+        samples.append(run.score())
+        run.model.load_state_dict(content["model"])
+    print_scores(f"stochastic rounding, mean of {args.samples}", samples)
+    print_scores("stochastic rounding, best", [min(samples)])
+    batches = (batch for epoch in count(2) for batch in run.data.train(-epoch))
+    chosen = optimize_oscillating_weights(run.model, run.tracker, batches, args.choice_steps)
+    print_scores(f"AdaRound, {chosen} weights, {args.choice_steps} steps", [run.score()])
+    for name, (other, _) in list(zip(names, runs))[1:]:
+        print_scores(name, [other.score()])
+
+
+def print_scores(name: str, scores: list[tuple[float, float]]) -> None:
+    """A row of Table 3; mean and standard deviation where there are several scores."""
+    columns = [torch.tensor(column, dtype=torch.float64) for column in zip(*scores)]
+    texts = [f"{column.mean():.{digits}f}" + (f" +-{column.std():.{digits}f}" if len(scores) > 1 else "")
+             for column, digits in zip(columns, (4, 2))]
+    print(f"{name:<42}{texts[0]:>18}{texts[1]:>16}")
+
+
+def show_figures(runs: list, names: list[str], args: argparse.Namespace) -> None:
+    """Figures 3 and 4 as text, Figure 2 where a run kept traces; all of them drawn with --plot."""
+    first = runs[0][0].tracker.layers
+    depthwise = [name for name, layer in first.items() if getattr(layer, "groups", 1) > 1]
+    layer = args.trace or (["", *depthwise[:3]] if len(depthwise) > 2 else ["", *first])[-1]
+    if any(layer not in run.tracker.layers for run, _ in runs):
+        raise UserError(f"--trace {layer}: not a tracked layer of every run; the first has {', '.join(first)}")
+    latent, gaps = [], []
+    for run, _ in runs:
+        module = run.tracker.layers[layer]
+        u = (module.weight / module.weight_quantizer.usable_scale(module.weight.dim())).detach().cpu().flatten()
+        latent.append(u)
+        gaps.append(module.weight_int().cpu().flatten() - u)
+    low, high = min(run.tracker.layers[layer].weight_quantizer.int_min for run, _ in runs), max(
+        run.tracker.layers[layer].weight_quantizer.int_max for run, _ in runs)
+    print(f"\nFigures 3 and 4: {layer}")
+    print_histogram("latent weight w / s", latent, names, low - 0.5, high + 0.5, 5 * (high - low + 1))
+    print_histogram("w_int - w / s", gaps, names, -0.5, 0.5, 20)
+    traces = [content["trace"] for _, content in runs]
+    for name, trace in zip(names, traces):
+        if trace:
+            print_trace(name, trace)
+    if args.plot:
+        plot_figures(args.plot, layer, names, latent, gaps, traces)
+
+
+def print_histogram(title: str, values: list[Tensor], names: list[str], low: float, high: float, bins: int) -> None:
+    """Histograms side by side, a bar chart of characters each; values outside the range are left out."""
+    width = max(16, 96 // len(values))
+    print(f"\n{title:>10} " + "".join(f"{name:<{width}}" for name in names))
+    shares = torch.stack([torch.histc(v.float(), bins, low, high) / len(v) for v in values])
+    for k in range(bins):
+        center = low + (k + 0.5) * (high - low) / bins
+        bars = ["#" * round(float((width - 8) * share[k] / shares.max())) for share in shares]
+        print(f"{center:>{max(len(title), 10)}.2f} " + "".join(
+            f"{bar + f' {share[k]:.1%}':<{width}}" for bar, share in zip(bars, shares)))
+
+
+def print_trace(name: str, trace: dict) -> None:
+    """Figure 2: a row a weight, its integer at 72 of the last iterations."""
+    ints = trace["w_int"]
+    picks = torch.linspace(max(0, len(ints) - 72), len(ints) - 1, min(72, len(ints))).long()
+    print(f"\nFigure 2: {trace['layer']}, first channel, {name}: integers of the last {len(picks)} iterations")
+    for weight in ints[picks].T[:16]:
+        print("  " + "".join(f"{value}" if value >= 0 else "abcdefgh"[-value - 1] for value in weight.int().tolist()))
+    print("  (digits are 0 .. p; letters a, b, ... are -1, -2, ...)")
+
+
+def plot_figures(path: str, layer: str, names: list[str], latent: list, gaps: list, traces: list) -> None:
+    """Figures 2, 3 and 4 in one picture, a row a run."""
+    plt = pyplot("--plot")
+    figure, axes = plt.subplots(len(names), 4, figsize=(16, 3 * len(names)), squeeze=False)
+    for row, name, u, gap, trace in zip(axes, names, latent, gaps, traces):
+        row[0].hist(u.numpy(), 100)
+        row[0].set(title=f"{name}: {layer}", xlabel="latent weight w / s")
+        row[1].hist(gap.numpy(), 50, range=(-0.5, 0.5))
+        row[1].set(xlabel="w_int - w / s")
+        if trace:
+            row[2].plot(trace["w_int"].numpy(), linewidth=0.7)
+            row[2].set(title=f"{trace['layer']}, first channel", xlabel="iteration", ylabel="w_int")
+            row[3].plot(trace["u"].numpy(), linewidth=0.7)
+            row[3].axhline(0.5, color="black", linestyle=":")
+            row[3].set(ylim=(0.2, 0.8), xlabel="iteration", ylabel="w / s at the 0/1 threshold")
+    figure.tight_layout()
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plot {path}: cannot be written ({error})") from None
+
+
+def pyplot(flag: str):
+    """matplotlib, which nothing else needs."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError(f"{flag}: needs matplotlib; pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def summarize(args: argparse.Namespace) -> None:
+    """A Markdown table of finished runs: mean and standard deviation over the seeds of each setting."""
+    summaries = []
+    for folder in args.summarize:
+        try:
+            summaries.append(json.loads(Path(folder, "summary.json").read_text()))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--summarize {folder}: no readable summary.json ({error})") from None
+    varied = [key for key in summaries[0]["arguments"] if key not in (*FREE, "method", "model", "bits", "act_bits", "seed")
+              and len({str(summary["arguments"].get(key)) for summary in summaries}) > 1]
+    groups: dict[tuple, list[dict]] = {}
+    for s in summaries:
+        setting = [s["model"], s["method"], f"{s['weight_bits']}/{s['act_bits']}"]
+        groups.setdefault((*setting, *(str(s["arguments"].get(key)) for key in varied)), []).append(s)
+    scores = ("fp32_top1", "pre_bn_top1", "post_bn_top1", "oscillating", "frozen", "seconds")
+    header = ["network", "method", "W/A", *varied, "runs", "FP32", "pre-BN", "post-BN", "osc. %", "frozen %", "seconds"]
+    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    for setting, group in groups.items():
+        columns = [torch.tensor([s[key] for s in group], dtype=torch.float64) for key in scores]
+        cells = [f"{c.mean():.2f}" + (f" ± {c.std():.2f}" if len(group) > 1 else "") for c in columns[:-1]]
+        print("| " + " | ".join([*setting, str(len(group)), *cells, f"{columns[-1].mean():.0f}"]) + " |")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -817,6 +1022,7 @@ def parser() -> argparse.ArgumentParser:
         "data set, torchvision's with --data, random with --method fp32")
     add("--image-size", type=number(int, 16, 2048), help=f"pixels {by_recipe}")
     add("--width", type=number(float, 0.05, 4), help=f"MobileNetV2's width multiplier {by_recipe}")
+    add("--dropout", type=share, help=f"before the classifier {by_recipe}")
     add("--estimator", choices=tuple(ESTIMATORS), default="ste", help="gradient through rounding")
     add("--per-channel", action="store_true", help="a weight scale per output channel")
     add("--epochs", type=number(int, 0, 10000), help=f"0 = only evaluate what was loaded {by_recipe}")
@@ -842,7 +1048,14 @@ def parser() -> argparse.ArgumentParser:
     add("--output", metavar="DIR", default=argparse.SUPPRESS, help="results (default: runs/METHOD-...)")
     add("--resume", action="store_true", help="go on from last.pt in --output, if there is one")
     add("--checkpoint-every", type=number(int, 1, 10**9), default=1000, metavar="N", help="steps between checkpoints")
+    add("--trace", metavar="LAYER", help="keep the last 1000 integers of this layer's first channel (Figure 2); with "
+        "--analyze: layer of the histograms")
     add("--evaluate", metavar="CHECKPOINT", help="score a checkpoint and exit")
+    add("--analyze", metavar="CHECKPOINT", nargs="+", help="Tables 1 and 3 of the first, Figures 2 to 4 of all, and exit")
+    add("--samples", type=number(int, 2, 10000), default=10, help="--analyze: stochastic roundings")
+    add("--choice-steps", type=number(int, 1, 10**7), default=1000, help="--analyze: steps of AdaRound; paper: 10000")
+    add("--plot", metavar="FILE", help="--analyze: draw the figures (needs matplotlib)")
+    add("--summarize", metavar="DIR", nargs="+", help="table of finished runs, mean and spread over seeds, and exit")
     return p
 
 
@@ -869,7 +1082,8 @@ def main(argv: list[str] | None = None) -> int:
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
             if args.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        evaluate(args) if args.evaluate else train(args)
+        modes = {"evaluate": evaluate, "analyze": analyze, "summarize": summarize}
+        next((mode for name, mode in modes.items() if getattr(args, name)), train)(args)
         return 0
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
