@@ -53,6 +53,11 @@ def quantize_to_int(x: Tensor, scale: Tensor, int_min: int, int_max: int) -> Ten
     return torch.div(x, scale).round_().clamp_(int_min, int_max)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision, as autocast brings it, would flip roundings."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 # Gradient estimators, Appendix A.1. Each maps (g, u) to dL/dw inside the grid: g is dL/dw_hat, u = w/s.
 # All of them multiply g by a positive factor, which is why none of them stops oscillation (A.3).
 # Deviation: EWGS and PSG measure w - q(w) in steps s, where A.1 leaves the unit open: in the unit of w
@@ -167,12 +172,11 @@ class Quantizer(nn.Module):
 
     def to_int(self, x: Tensor) -> Tensor:
         """Integers of x (Eq. 1): float tensor of x's shape, integer-valued, no gradient."""
-        return quantize_to_int(x.detach(), self.usable_scale(x.dim()).detach(), self.int_min, self.int_max)
+        return quantize_to_int(at_least_float32(x).detach(), self.usable_scale(x.dim()).detach(), self.int_min, self.int_max)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x on the grid, in float32 or wider: half precision would flip roundings."""
-        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        return fake_quantize(x, self.usable_scale(x.dim()), self.int_min, self.int_max, self.estimator)
+        """x on the grid, in float32 or wider."""
+        return fake_quantize(at_least_float32(x), self.usable_scale(x.dim()), self.int_min, self.int_max, self.estimator)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -303,6 +307,7 @@ def quantize_model(model: nn.Module, weight_bits: int, act_bits: int | None = No
     names = [name for name, module in model.named_modules() if type(module) in (nn.Conv2d, nn.Linear)]
     if not names or names == [""]:
         raise ValueError("the model contains no Conv2d or Linear layer to quantize")
+    swapped = {}
     for name in names:
         layer = model.get_submodule(name)
         bits = first_last_bits if name in (names[0], names[-1]) else weight_bits
@@ -311,7 +316,9 @@ def quantize_model(model: nn.Module, weight_bits: int, act_bits: int | None = No
         if act_bits is not None and name != names[0]:
             input_quantizer = Quantizer(act_bits, estimator=estimator).to(layer.weight.device)
         swap = QuantConv2d if type(layer) is nn.Conv2d else QuantLinear
-        model.set_submodule(name, swap(layer, weight_quantizer, input_quantizer))
+        swapped[name] = swap(layer, weight_quantizer, input_quantizer)
+    for name, layer in swapped.items():
+        model.set_submodule(name, layer)
     return model
 
 
@@ -344,7 +351,7 @@ def calibrate(model: nn.Module, batches: Iterable, samples: int = 2**15) -> None
     Args:
         model: from quantize_model.
         batches: images (N, 3, H, W), or tuples that begin with them.
-        samples: how many values of each input a batch contributes to the MSE search.
+        samples: about how many values of each input a batch contributes to the MSE search.
     Raises:
         ValueError: where there is no batch, or an input is not finite.
     """
@@ -355,8 +362,7 @@ def calibrate(model: nn.Module, batches: Iterable, samples: int = 2**15) -> None
     def record(layer, args):
         x = args[0].float().flatten()
         lowest[layer] = min(lowest[layer], x.min().item())
-        spread = torch.linspace(0, x.numel() - 1, min(samples, x.numel()), device=x.device)
-        values[layer].append(x[spread.long()])
+        values[layer].append(x[:: max(1, x.numel() // samples)])  # spread over the batch
 
     hooks = [layer.register_forward_pre_hook(record) for layer in quantizers]
     try:
@@ -418,7 +424,7 @@ class OscillationTracker:
         # f_t = m o_t + (1 - m) f_{t-1}
         self.f.mul_(1 - m).add_(oscillates, alpha=m)
         self.last_change = torch.where(change != 0, change, self.last_change)
-        if freeze_threshold is not None:
+        if freeze_threshold is not None and self.layers:
             w_int = self._freeze(self.f > freeze_threshold, w_int)
         # EMA_t(w_int) = m w_int + (1 - m) EMA_{t-1}(w_int)
         # Deviation: from the first iteration on; the released code starts it when freezing starts.
@@ -482,14 +488,14 @@ class OscillationTracker:
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint needs beside the model's own state, which has the masks and frozen integers."""
-        return {"w_int": self.w_int, "ema_int": self.ema_int, "last_change": self.last_change, "f": self.f}
+        return {name: getattr(self, name).clone() for name in ("w_int", "ema_int", "last_change", "f")}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raises ValueError for a state of other layers."""
         for name, tensor in self.state_dict().items():
             if name not in state or state[name].shape != tensor.shape:
                 raise ValueError("tracker state does not fit: it was saved for other layers or bits")
-            tensor.copy_(state[name])
+            getattr(self, name).copy_(state[name])
 
 
 # ---------------------------------------------------------------------------------------------------
