@@ -25,6 +25,7 @@ from collections import OrderedDict, deque
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -59,8 +60,8 @@ IMAGENET = dict(image_size=224, width=1.0, dropout=0.2, batch_size=128, lr_floor
                 osc_momentum=0.001, freeze_start=0.1, lambda_start=0.0)
 # The embedded data set: found by experiment, see the README ("The embedded data set").
 EMBEDDED = dict(image_size=48, width=0.35, dropout=0.0, batch_size=32, epochs=3, lr=0.1, lr_floor=0.5, weight_decay=2.5e-5,
-                scale_lr=1e-4, bn_momentum=0.02, osc_momentum=0.005, freeze_start=0.04, freeze_end=0.011,
-                lambda_start=0.0, lambda_end=0.1)
+                scale_lr=1e-4, bn_momentum=0.02, osc_momentum=0.005, freeze_start=0.03, freeze_end=0.008,
+                lambda_start=0.0, lambda_end=0.3)
 
 
 def recipe(args: argparse.Namespace) -> dict:
@@ -69,6 +70,8 @@ def recipe(args: argparse.Namespace) -> dict:
     Deviation: plain LSQ takes the freezing row; MobileNetV3 and ResNet18, for which nothing is published,
     take MobileNetV2's; other bits take the nearer of the two rows.
     """
+    if args.benchmark:
+        return dict(IMAGENET, lr=0.01, weight_decay=2.5e-5, epochs=1, lambda_end=0.1, freeze_end=0.011)
     if args.method == "fp32":
         common = dict(EMBEDDED, batch_size=64, epochs=10) if args.data is None else dict(IMAGENET, epochs=90, lr=0.1)
         return dict(common, lr_floor=0.0, weight_decay=4e-5, bn_momentum=0.1)
@@ -291,7 +294,7 @@ class Embedded:
     y, z, a, c, shifts and flips; training noise is fresh in every batch, validation noise fixed.
     """
 
-    num_classes, patterns_seed, noise = 40, 1234, 1.5
+    num_classes, patterns_seed, noise = 40, 1234, 2.0
 
     def __init__(self, args: argparse.Namespace, ranks: tuple[int, int]):
         size = args.image_size
@@ -435,7 +438,7 @@ class Folder:
 
 VERSION = 1  # of the checkpoint's layout
 FREE = ("output", "resume", "workers", "device", "checkpoint_every", "data", "weights", "evaluate", "analyze",
-        "samples", "choice_steps", "plot", "summarize")  # may differ on --resume
+        "samples", "choice_steps", "plot", "summarize", "benchmark", "rounds")  # may differ on --resume
 
 
 def bn_state(model: nn.Module) -> dict[str, Tensor]:
@@ -675,8 +678,7 @@ class Run:
                    **{key: row[key] for key in ("pre_bn_top1", "post_bn_top1", "oscillating", "frozen", "loss")},
                    "epochs": args.epochs, "seconds": self.elapsed(), "arguments": vars(args)}
         if self.ranks[0] == 0:
-            save_atomically(summary, self.output / "summary.json",
-                            lambda content, file: file.write(json.dumps(content, indent=1).encode()))
+            save_atomically(summary, self.output / "summary.json", write_json)
         self.say(f"\n{'network':<20}{'method':<8}{'W/A':>6}{'FP32':>8}{'pre-BN':>8}{'post-BN':>8}{'osc. %':>8}{'frozen %':>9}")
         self.say("{model:<20}{method:<8}{bits:>6}{fp32_top1:>8.2f}{pre_bn_top1:>8.2f}{post_bn_top1:>8.2f}"
                  "{oscillating:>8.2f}{frozen:>9.2f}".format(
@@ -737,6 +739,19 @@ def write_csv(rows: list[dict], file) -> None:
     text.detach()
 
 
+def write_json(content, file) -> None:
+    file.write(json.dumps(content, indent=1).encode())
+
+
+def make_output(path: str) -> Path:
+    """The --output folder, made where it is missing."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be made ({error.strerror})") from None
+    return Path(path)
+
+
 def read_checkpoint(path: str | Path, flag: str, args: argparse.Namespace | None = None) -> dict:
     """A checkpoint of ours; with `args`, one that the same command wrote."""
     content = read_file(path, flag)
@@ -775,11 +790,8 @@ def train(args: argparse.Namespace) -> dict:
     if not args.resume and (output / "last.pt").exists() and not (output / "summary.json").exists():
         raise UserError(f"--output {output}: holds an unfinished run; add --resume to go on with it, "
                         "or choose another folder")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "summary.json").unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
+    make_output(output)
+    (output / "summary.json").unlink(missing_ok=True)
     handlers = {number: signal.signal(number, lambda number, _: setattr(run, "stopped", number))
                 for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -959,6 +971,71 @@ def pyplot(flag: str):
     return pyplot
 
 
+# ---------------------------------------------------------------------------------------------------
+# Cost
+# ---------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(run: Run, images: Tensor) -> int:
+    """Bytes that a forward pass keeps for backward, each storage once, parameters left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in run.model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    run.model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = run.forward(run.model, images)  # alive until all is counted: no address is used twice
+    return sum(sizes.values()) if kept is not None else 0
+
+
+def benchmark(args: argparse.Namespace) -> list[dict]:
+    """Step time and memory of all methods, measured in turn within one run; writes benchmark.json."""
+    runs, rows = {}, []
+    for method in ("fp32", "lsq", "dampen", "freeze"):
+        run = runs[method] = Run(argparse.Namespace(**{**vars(args), "method": method}))
+        torch.manual_seed(args.seed)
+        run.model = build_model(args.model, run.data.num_classes, None, args.width).to(
+            run.device, memory_format=getattr(torch, args.memory_format))
+        if method != "fp32":
+            run.quantize()
+        run.prepare()
+        run.net.train()
+        run.total, run.step = 10**6, 5 * 10**5  # halfway: dampening and freezing are on
+    images, labels = next(run.data.train(0))
+    times: dict[str, list[float]] = {method: [] for method in runs}
+    peaks = dict.fromkeys(runs, 0)
+    for turn in tqdm(range(args.rounds + 2), "benchmark", disable=None):
+        for method, run in runs.items():
+            if run.device.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            begun = time.perf_counter()
+            run.train_step(images, labels)  # ends with loss.item(), which waits for the device
+            if run.device.type == "cuda":
+                torch.cuda.synchronize()
+                peaks[method] = torch.cuda.max_memory_allocated()
+            times[method] += [time.perf_counter() - begun] if turn > 1 else []
+    for method, run in runs.items():
+        ratios = [seconds / base for seconds, base in zip(times[method], times["fp32"])]
+        to_lsq = [seconds / base for seconds, base in zip(times[method], times["lsq"])]
+        rows.append({"method": method, "step_ms": 1000 * median(times[method]), "to_fp32": median(ratios),
+                     "to_lsq": median(to_lsq), "saved_mb": saved_bytes(run, images) / 2**20,
+                     "peak_mb": peaks[method] / 2**20})
+    print(f"{args.model} W{args.bits}A{args.act_bits}, {args.image_size} px, batch {args.batch_size}, {args.memory_format}, "
+          f"{args.device}{', compiled' * args.compile}{', amp' * args.amp}, median of {args.rounds} rounds in turn\n"
+          f"{'method':<8}{'step ms':>10}{'/ FP32':>8}{'/ LSQ':>8}{'saved MB':>10}{'peak MB (GPU)':>15}")
+    for row in rows:
+        print("{method:<8}{step_ms:>10.1f}{to_fp32:>8.3f}{to_lsq:>8.3f}{saved_mb:>10.1f}{peak_mb:>15.1f}".format(**row))
+    output = make_output(args.output)
+    save_atomically({"arguments": vars(args), "rows": rows}, output / "benchmark.json", write_json)
+    return rows
+
+
 def summarize(args: argparse.Namespace) -> None:
     """A Markdown table of finished runs: mean and standard deviation over the seeds of each setting."""
     summaries = []
@@ -1055,6 +1132,8 @@ def parser() -> argparse.ArgumentParser:
     add("--samples", type=number(int, 2, 10000), default=10, help="--analyze: stochastic roundings")
     add("--choice-steps", type=number(int, 1, 10**7), default=1000, help="--analyze: steps of AdaRound; paper: 10000")
     add("--plot", metavar="FILE", help="--analyze: draw the figures (needs matplotlib)")
+    add("--benchmark", action="store_true", help="step time and memory of all methods at ImageNet's size, and exit")
+    add("--rounds", type=number(int, 1, 10000), default=10, help="--benchmark: measured steps of each method")
     add("--summarize", metavar="DIR", nargs="+", help="table of finished runs, mean and spread over seeds, and exit")
     return p
 
@@ -1082,7 +1161,7 @@ def main(argv: list[str] | None = None) -> int:
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
             if args.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        modes = {"evaluate": evaluate, "analyze": analyze, "summarize": summarize}
+        modes = {"benchmark": benchmark, "evaluate": evaluate, "analyze": analyze, "summarize": summarize}
         next((mode for name, mode in modes.items() if getattr(args, name)), train)(args)
         return 0
     except UserError as error:
