@@ -1,31 +1,31 @@
-"""Overcoming Oscillations in Quantization-Aware Training: the method, in the order of the paper.
+"""Overcoming Oscillations in Quantization-Aware Training: the method of the paper, in its order.
 
 Nagel, Fournarakis, Bondarenko, Blankevoort, ICML 2022 (PMLR 162:16318-16330, arXiv 2203.11086).
 
-A weight in quantization-aware training (QAT) is kept in floating point and rounded in every forward
+In quantization-aware training (QAT) a weight is kept in floating point and rounded in every forward
 pass. Rounding has no useful derivative, so its gradient is passed straight through. If the optimum
-lies between two grid points, the gradient then has one sign on the lower point and the other sign on
-the upper one: the weight is driven to the rounding threshold between them and jumps to and fro across
-it for the rest of training. The moving averages of batch norm (BN) cannot follow those jumps, and the
+lies between two grid points, the gradient has one sign on the lower point and the other sign on the
+upper one: the weight is driven to the rounding threshold between them and jumps to and fro across it
+for the rest of training. The moving averages of batch norm (BN) cannot follow those jumps, and the
 weights that still jump at the end are rounded at random. This file holds the quantizer that makes it
 happen, the measure that counts it, and two ways to stop it.
 
-    paper          here                       shape         meaning                       paper's value
-    w              w, layer.weight            W             latent (shadow) weight        -
-    s              scale                      1, or C_out   step size of the grid         learned
-    n, p           int_min, int_max           -             integer limits                signed b bits:
-                                                            -2^(b-1), 2^(b-1)-1; unsigned: 0, 2^b-1
-    w_int          w_int                      W             round(w/s), clipped: integer  -
-    q(w), w_hat    w_hat                      W             s * w_int: on the grid        -
-    o_t            oscillates                 W             1 where w oscillates at t     -
-    f_t            frequency                  W             EMA of o_t, in 0..1           -
-    m              momentum                   -             momentum of both EMAs         0.001 (code)
-    f_th           freeze_threshold           -             frequency that freezes        cos(0.04, 0.01)
-    EMA(w_int)     ema_int                    W             EMA of the integers           -
-    L_dampen       dampening_loss             -             pull to the bin centres       -
-    lambda         (in the training loop)     -             weight of L_dampen            cos(0, 1e-3)
+    paper        here              shape       meaning                        paper's value
+    w            w, layer.weight   W           latent (shadow) weight
+    s            scale             1 or C_out  step size of the grid          learned
+    n, p         int_min, int_max              integer limits of the grid     signed: -2^(b-1),
+                                               2^(b-1) - 1; unsigned: 0, 2^b - 1
+    w_int        w_int             W           round(w / s), clipped
+    q(w), w_hat  w_hat             W           s * w_int: on the grid
+    o_t          oscillates        W           1 where w oscillates at t
+    f_t          f, frequency()    W           EMA of o_t, in 0..1
+    m            momentum                      momentum of both EMAs          0.001 (code)
+    f_th         freeze_threshold              frequency above which to freeze  cos(0.04, 0.01)
+    EMA(w_int)   ema_int           W           EMA of the integers
+    L_dampen     dampening_loss    scalar      pull to the bin centres        lambda cos(0, 1e-3)
 
-W is the shape of a weight tensor; an "integer" is an integer-valued float tensor unless said otherwise.
+W is the shape of a weight tensor. Integers are integer-valued float tensors unless said otherwise.
+The order is the paper's, but for Table 3, which needs the tracker and comes last.
 """
 
 import math
@@ -37,9 +37,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Section 2.1: the quantizer, and the gradients that pass through it
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 MIN_SCALE = torch.finfo(torch.float32).eps  # a scale's floor: small enough never to be a useful value
 
@@ -47,8 +47,9 @@ MIN_SCALE = torch.finfo(torch.float32).eps  # a scale's floor: small enough neve
 def quantize_to_int(x: Tensor, scale: Tensor, int_min: int, int_max: int) -> Tensor:
     """Integers clip(round(x / s), n, p) of Eq. 1, in x's shape and dtype; half rounds to even.
 
-    Forward pass, tracker and export all round here. An oscillating weight lives on the threshold, where
-    another formula for the same thing (x * (1/s), as in torch's fused kernels) rounds the other way.
+    Forward pass, tracker and export all round here. An oscillating weight lives on the threshold,
+    where another formula for the same thing (x * (1/s), as in torch's fused kernels) rounds the
+    other way.
     """
     return torch.div(x, scale).round_().clamp_(int_min, int_max)
 
@@ -60,8 +61,9 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 # Gradient estimators, Appendix A.1. Each maps (g, u) to dL/dw inside the grid: g is dL/dw_hat, u = w/s.
 # All of them multiply g by a positive factor, which is why none of them stops oscillation (A.3).
-# Deviation: EWGS and PSG measure w - q(w) in steps s, where A.1 leaves the unit open: in the unit of w
-# their factors would vanish with the scale (s is about 0.05 in a trained layer).
+# Deviation: EWGS and PSG measure w - q(w) in steps s. In the unit of w, as A.1 has it, their effect
+# would vanish with the scale, which is about 0.05 in a trained layer.
+# Paper silent on the three constants; with these, each factor differs visibly from STE's 1.
 EWGS_DELTA, PSG_EPS, DSQ_K = 0.2, 0.01, 5.0
 
 
@@ -81,7 +83,10 @@ def psg(g: Tensor, u: Tensor) -> Tensor:
 
 
 def dsq(g: Tensor, u: Tensor) -> Tensor:
-    """Differentiable soft quantization: g k/2 sech^2(k (u - floor(u) - 1/2)) / tanh(k/2). Gong et al. 2019."""
+    """Differentiable soft quantization: the slope of a tanh in each bin. Gong et al. 2019.
+
+    g k/2 sech^2(k (u - floor(u) - 1/2)) / tanh(k/2)
+    """
     sech = 1 / torch.cosh(DSQ_K * (u - u.floor() - 0.5))
     return g * sech.square() * (DSQ_K / 2 / math.tanh(DSQ_K / 2))
 
@@ -94,7 +99,7 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, int_min, int_max, estimator):
-        # w_hat = s clip(round(w / s), n, p)                                                       Eq. 1
+        # w_hat = s clip(round(w / s), n, p)                                                 Eq. 1
         x_hat = quantize_to_int(x, scale, int_min, int_max).mul_(scale)
         ctx.save_for_backward(x, x_hat, scale)
         ctx.grid = int_min, int_max, estimator
@@ -104,16 +109,17 @@ class FakeQuantize(torch.autograd.Function):
     def backward(ctx, g):
         x, x_hat, scale = ctx.saved_tensors
         int_min, int_max, estimator = ctx.grid
-        # dL/dw = dL/dw_hat 1[n <= w/s <= p]                                                       Eq. 2
+        # dL/dw = dL/dw_hat 1[n <= w/s <= p]                                                 Eq. 2
         u = x / scale
-        g_inside = g * ((u >= int_min) & (u <= int_max))
-        # dw_hat/ds = round(u) - u inside the grid, n or p where clipped                             LSQ
+        g_inside = torch.where((u >= int_min) & (u <= int_max), g, 0)
+        # dw_hat/ds = round(w/s) - w/s inside the grid, n or p where clipped                   LSQ
         # Deviation: without LSQ's optional factor 1/sqrt(numel * p), as in the released code.
         g_scale = (g * x_hat - g_inside * x).sum_to_size(scale.shape) / scale
         return ESTIMATORS[estimator](g_inside, u), g_scale, None, None, None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, int_min: int, int_max: int, estimator: str = "ste") -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, int_min: int, int_max: int,
+                  estimator: str = "ste") -> Tensor:
     """Quantize and dequantize (Eq. 1), with a gradient to x (Eq. 2) and to the scale (LSQ).
 
     Args:
@@ -143,13 +149,15 @@ class Quantizer(nn.Module):
         ValueError: for bits outside 2..8 or an unknown estimator.
     """
 
-    def __init__(self, bits: int, signed: bool = True, per_channel: int = 0, estimator: str = "ste"):
+    def __init__(self, bits: int, signed: bool = True, per_channel: int = 0,
+                 estimator: str = "ste"):
         super().__init__()
         if bits not in range(2, 9):
             raise ValueError(f"bits must be 2 to 8, not {bits}")
         if estimator not in ESTIMATORS:
             raise ValueError(f"estimator {estimator!r} is unknown; choose from {', '.join(ESTIMATORS)}")
-        self.bits, self.signed, self.per_channel, self.estimator = bits, signed, per_channel, estimator
+        self.bits, self.signed = bits, signed
+        self.per_channel, self.estimator = per_channel, estimator
         self.scale = nn.Parameter(torch.ones(max(per_channel, 1)))
 
     @property
@@ -163,44 +171,53 @@ class Quantizer(nn.Module):
     def usable_scale(self, dim: int) -> Tensor:
         """The scale, > 0 and finite, shaped to broadcast over a tensor with `dim` dimensions.
 
-        An optimizer step can carry it across zero, or to NaN. It is repaired in place (reflected; NaN and
-        infinity go to the floor) rather than clamped in the graph: clamp passes no gradient below its
-        bound, so the scale would stick there. `.data`, since a repair is no change that autograd must see.
+        An optimizer step can carry it across zero, or to NaN. Every use repairs it in place
+        (reflected; NaN and infinity go to the floor) rather than clamp it in the graph: clamp passes
+        no gradient below its bound, so the scale would stick there. `.data`, since autograd must not
+        take the repair for a change between forward and backward.
         """
         self.scale.data.abs_().nan_to_num_(nan=MIN_SCALE, posinf=MIN_SCALE).clamp_(min=MIN_SCALE)
         return self.scale.view(-1, *[1] * (dim - 1)) if self.per_channel else self.scale
 
     def to_int(self, x: Tensor) -> Tensor:
         """Integers of x (Eq. 1): float tensor of x's shape, integer-valued, no gradient."""
-        return quantize_to_int(at_least_float32(x).detach(), self.usable_scale(x.dim()).detach(), self.int_min, self.int_max)
+        x, scale = at_least_float32(x).detach(), self.usable_scale(x.dim()).detach()
+        return quantize_to_int(x, scale, self.int_min, self.int_max)
 
     def forward(self, x: Tensor) -> Tensor:
         """x on the grid, in float32 or wider."""
-        return fake_quantize(at_least_float32(x), self.usable_scale(x.dim()), self.int_min, self.int_max, self.estimator)
+        x, scale = at_least_float32(x), self.usable_scale(x.dim())
+        return fake_quantize(x, scale, self.int_min, self.int_max, self.estimator)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """Sets the scale to the minimiser of ||x - x_hat||^2 (section 4: MSE-initialised).
 
-        Searches max|x| / p times 1/64 .. 64/64, then 1/64 around the best in 16 finer steps. Zeros keep scale 1.
+        Searches max|x| / p times 1/64 .. 96/64, then around the best in finer steps. The upper part
+        is for few values or large n = -p - 1. All zeros keep scale 1.
 
         Raises:
             ValueError: where x is empty or not finite.
         """
         if not (x.numel() and x.isfinite().all()):
             raise ValueError("cannot set a scale from values that are missing, NaN or infinite")
-        rows = x.detach().flatten(1) if self.per_channel else x.detach().reshape(1, -1)
+        x = at_least_float32(x)
+        rows = x.flatten(1) if self.per_channel else x.reshape(1, -1)
         largest = rows.abs().amax(1, keepdim=True) / self.int_max
-        best = torch.ones_like(largest)
-        best_error = torch.full_like(largest, math.inf)
-        for fractions in (torch.arange(64, 0, -1) / 64, torch.arange(-8, 9) / 512):
-            start = torch.zeros_like(best) if fractions[0] == 1 else best.clone()
+        best, best_error = torch.ones_like(largest), torch.full_like(largest, math.inf)
+
+        def search(start, fractions):
+            nonlocal best, best_error
             for fraction in fractions.tolist():
                 scale = (start + fraction * largest).clamp_(min=MIN_SCALE)
                 x_hat = quantize_to_int(rows, scale, self.int_min, self.int_max).mul_(scale)
                 error = x_hat.sub_(rows).square_().sum(1, keepdim=True)
                 better = error < best_error
-                best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
+                best = torch.where(better, scale, best)
+                best_error = torch.where(better, error, best_error)
+
+        search(0, torch.arange(1, 97) / 64)
+        search(best, torch.arange(-8, 9) / 512)
         self.scale.copy_(torch.where(largest > 0, best, 1.0).flatten())
 
     def get_extra_state(self) -> Tensor:
@@ -211,19 +228,20 @@ class Quantizer(nn.Module):
         self.signed = bool(state)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Section 4, set-up: quantized layers and networks
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Quantized layers and networks (set-up of section 4)
+# --------------------------------------------------------------------------------------------------
 
 
 class QuantLayer:
-    """What QuantConv2d and QuantLinear share: two quantizers, and the weights that Algorithm 1 froze.
+    """What QuantConv2d and QuantLinear share: two quantizers, and the weights Algorithm 1 froze.
 
-    frozen (bool, W) and frozen_int (int8, W) are buffers of the layer and not of the tracker: evaluation,
-    export and a reloaded checkpoint must see frozen integers without it.
+    frozen (bool, W) and frozen_int (int8, W) are buffers of the layer and not of the tracker:
+    evaluation, export and a reloaded checkpoint must see frozen integers without it.
     """
 
-    def adopt(self, layer: nn.Module, weight_quantizer: Quantizer, input_quantizer: Quantizer | None) -> None:
+    def adopt(self, layer: nn.Module, weight_quantizer: Quantizer,
+              input_quantizer: Quantizer | None) -> None:
         """Takes over a float layer's parameters (the same objects) and sets the weight's scale."""
         self.weight, self.bias = layer.weight, layer.bias
         self.weight_quantizer, self.input_quantizer = weight_quantizer, input_quantizer
@@ -256,23 +274,26 @@ class QuantLayer:
 class QuantConv2d(QuantLayer, nn.Conv2d):
     """A Conv2d, taken over with its parameters, that quantizes its weight and its input."""
 
-    def __init__(self, conv: nn.Conv2d, weight_quantizer: Quantizer, input_quantizer: Quantizer | None = None):
-        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
-                         conv.dilation, conv.groups, conv.bias is not None, device="meta")
+    def __init__(self, conv: nn.Conv2d, weight_quantizer: Quantizer,
+                 input_quantizer: Quantizer | None = None):
+        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
+                         conv.padding, conv.dilation, conv.groups, conv.bias is not None, device="meta")
         if conv.padding_mode != "zeros":
             raise ValueError(f"padding_mode {conv.padding_mode!r} is not supported, only 'zeros'")
         self.adopt(conv, weight_quantizer, input_quantizer)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(self.input_hat(x), self.weight_hat(), self.bias, self.stride, self.padding,
-                        self.dilation, self.groups)
+        return F.conv2d(self.input_hat(x), self.weight_hat(), self.bias, self.stride,
+                        self.padding, self.dilation, self.groups)
 
 
 class QuantLinear(QuantLayer, nn.Linear):
     """A Linear, taken over with its parameters, that quantizes its weight and its input."""
 
-    def __init__(self, linear: nn.Linear, weight_quantizer: Quantizer, input_quantizer: Quantizer | None = None):
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    def __init__(self, linear: nn.Linear, weight_quantizer: Quantizer,
+                 input_quantizer: Quantizer | None = None):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None,
+                         device="meta")
         self.adopt(linear, weight_quantizer, input_quantizer)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -285,16 +306,18 @@ def quant_layers(model: nn.Module, max_bits: int = 8) -> dict[str, QuantLayer]:
             if isinstance(module, QuantLayer) and module.weight_quantizer.bits <= max_bits}
 
 
-def quantize_model(model: nn.Module, weight_bits: int, act_bits: int | None = None, first_last_bits: int = 8,
-                   per_channel: bool = False, estimator: str = "ste") -> nn.Module:
+def quantize_model(model: nn.Module, weight_bits: int, act_bits: int | None = None,
+                   first_last_bits: int = 8, per_channel: bool = False,
+                   estimator: str = "ste") -> nn.Module:
     """Swaps every Conv2d and Linear of a classifier for its quantized layer, in place.
 
-    The weights of the first and the last layer get `first_last_bits`. The image itself is not quantized;
-    the inputs of all other layers are, squeeze-excite layers included. Weights keep their values, their
-    scales are MSE-initialised; input scales wait for `calibrate`.
+    The weights of the first and the last layer get `first_last_bits`. The image itself is not
+    quantized; the inputs of all other layers are, squeeze-excite layers included. Weights keep their
+    values, and their scales are MSE-initialised. Input scales are 1 until `calibrate` sets them.
 
     Args:
-        model: any network whose first and last Conv2d or Linear, in module order, are its first and last layer.
+        model: any network whose first and last Conv2d or Linear, in module order, are its first and
+            last layer.
         weight_bits, act_bits: 2 to 8; act_bits None leaves the inputs in float.
         first_last_bits: 2 to 8.
         per_channel: one weight scale per output channel (inputs always have one scale).
@@ -304,7 +327,8 @@ def quantize_model(model: nn.Module, weight_bits: int, act_bits: int | None = No
     Raises:
         ValueError: where there is nothing to swap, or an argument is out of range.
     """
-    names = [name for name, module in model.named_modules() if type(module) in (nn.Conv2d, nn.Linear)]
+    kinds = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
+    names = [name for name, module in model.named_modules() if type(module) in kinds]
     if not names or names == [""]:
         raise ValueError("the model contains no Conv2d or Linear layer to quantize")
     swapped = {}
@@ -315,8 +339,7 @@ def quantize_model(model: nn.Module, weight_bits: int, act_bits: int | None = No
         input_quantizer = None
         if act_bits is not None and name != names[0]:
             input_quantizer = Quantizer(act_bits, estimator=estimator).to(layer.weight.device)
-        swap = QuantConv2d if type(layer) is nn.Conv2d else QuantLinear
-        swapped[name] = swap(layer, weight_quantizer, input_quantizer)
+        swapped[name] = kinds[type(layer)](layer, weight_quantizer, input_quantizer)
     for name, layer in swapped.items():
         model.set_submodule(name, layer)
     return model
@@ -345,8 +368,8 @@ def evaluation_mode(model: nn.Module):
 def calibrate(model: nn.Module, batches: Iterable, samples: int = 2**15) -> None:
     """Sets scale and sign of every input quantizer from real batches; everything else stays as it was.
 
-    Runs in evaluation mode with float inputs. A grid is signed where any batch has a negative input: a
-    linear bottleneck or h-swish on an unsigned grid loses half its values, and ReLU on a signed one a bit.
+    Runs in evaluation mode with float inputs. A grid is signed where any batch has a negative input:
+    on an unsigned grid a linear bottleneck loses half its values, on a signed one ReLU loses a bit.
 
     Args:
         model: from quantize_model.
@@ -355,14 +378,20 @@ def calibrate(model: nn.Module, batches: Iterable, samples: int = 2**15) -> None
     Raises:
         ValueError: where there is no batch, or an input is not finite.
     """
-    quantizers = {layer: layer.input_quantizer for layer in quant_layers(model).values() if layer.input_quantizer}
-    values: dict[QuantLayer, list[Tensor]] = {layer: [] for layer in quantizers}
-    lowest = dict.fromkeys(quantizers, math.inf)
+    names = {layer: name for name, layer in quant_layers(model).items() if layer.input_quantizer}
+    quantizers = {layer: layer.input_quantizer for layer in names}
+    values: dict[QuantLayer, list[Tensor]] = {layer: [] for layer in names}
+    lowest = dict.fromkeys(names, math.inf)
 
     def record(layer, args):
         x = args[0].float().flatten()
+        if not x.isfinite().all():
+            raise ValueError(f"the input of {names[layer]} is NaN or infinite")
         lowest[layer] = min(lowest[layer], x.min().item())
-        values[layer].append(x[:: max(1, x.numel() // samples)])  # spread over the batch
+        # Spread evenly, in whole numbers; a fixed stride could see a few image columns only.
+        spread = min(samples, x.numel())
+        index = torch.arange(spread, device=x.device) * (x.numel() - 1) // max(spread - 1, 1)
+        values[layer].append(x[index])
 
     hooks = [layer.register_forward_pre_hook(record) for layer in quantizers]
     try:
@@ -376,28 +405,131 @@ def calibrate(model: nn.Module, batches: Iterable, samples: int = 2**15) -> None
             hook.remove()
         for layer, quantizer in quantizers.items():
             layer.input_quantizer = quantizer
+    missed = [names[layer] for layer in names if not values[layer]]
+    if missed:
+        raise ValueError("calibration needs at least one batch that reaches every layer in "
+                         f"evaluation mode; none reached {', '.join(missed[:3])}")
     for layer, quantizer in quantizers.items():
-        if not values[layer]:
-            raise ValueError("calibration needs at least one batch that reaches every layer")
         quantizer.signed = lowest[layer] < 0
         quantizer.initialize(torch.cat(values[layer]))
 
 
-# ---------------------------------------------------------------------------------------------------
-# Section 2.3 and Algorithm 1: count oscillations, freeze the weights that oscillate
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Section 2.3.1 and Table 1: batch norm under oscillation
+# --------------------------------------------------------------------------------------------------
+
+
+def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """BN layers with running statistics, by name."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, kinds) and module.track_running_stats}
+
+
+@contextmanager
+def batch_statistics(model: nn.Module, momentum: float | None):
+    """Evaluation mode, but BN normalises by the batch and updates by `momentum` (None = mean)."""
+    before = {bn: (bn.momentum, bn.num_batches_tracked.clone()) for bn in batch_norms(model).values()}
+    with evaluation_mode(model):
+        for bn in before:
+            bn.train()
+            bn.momentum = momentum
+        try:
+            yield
+        finally:
+            for bn, (own_momentum, count) in before.items():
+                bn.momentum = own_momentum
+                bn.num_batches_tracked.copy_(count)
+
+
+@torch.no_grad()
+def reestimate_bn(model: nn.Module, batches: Iterable) -> None:
+    """Replaces BN's running statistics by the plain mean of the statistics of the given batches.
+
+    The remedy of section 2.3.1 for statistics that went stale under oscillating weights. Variances
+    are the unbiased ones that BN itself keeps. Modes, momenta, weights and trackers stay as they were.
+
+    Args:
+        model: any network; without BN nothing happens.
+        batches: training images (N, 3, H, W), or tuples that begin with them; the released code
+            takes 50 batches of 128.
+    Raises:
+        ValueError: where there is no batch.
+    """
+    done = 0
+    with batch_statistics(model, None):
+        for done, images in enumerate(images_of(batches, model), 1):
+            if done == 1:
+                for bn in batch_norms(model).values():
+                    bn.reset_running_stats()
+            model(images)
+    if not done:
+        raise ValueError("BN re-estimation needs at least one batch")
+
+
+@torch.no_grad()
+def bn_kl_divergence(model: nn.Module, batches: Iterable) -> dict[str, Tensor]:
+    """Table 1: KL divergence of each BN layer's running statistics q from the population's p, per channel.
+
+    Paper silent on how p is taken: here mean and variance of all inputs of the layer over all batches,
+    while BN normalises by the batch, as in training. So a layer is charged with its own stale
+    statistics only.
+
+    Args:
+        model: any network with BN; it is left as it was.
+        batches: training images (N, 3, H, W), or tuples that begin with them.
+    Returns:
+        BN layer name -> D(p, q) >= 0, in nats, of shape (channels,).
+    Raises:
+        ValueError: where there is no batch.
+    """
+    bns = batch_norms(model)
+    sums = {bn: torch.zeros(3, bn.num_features, dtype=torch.float64) for bn in bns.values()}
+
+    def record(bn, args):
+        x = args[0].detach().double().transpose(0, 1).flatten(1).cpu()  # (channels, everything else)
+        count = torch.full_like(x[:, 0], x.shape[1])
+        sums[bn] += torch.stack([count, x.sum(1), x.square().sum(1)])
+
+    hooks = [bn.register_forward_pre_hook(record) for bn in bns.values()]
+    try:
+        with batch_statistics(model, 0.0):  # momentum 0 keeps the running statistics
+            for images in images_of(batches, model):
+                model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if any(not total[0].all() for total in sums.values()):
+        raise ValueError("the KL divergence needs at least one batch")
+    return {name: _normal_kl(*sums[bn], bn) for name, bn in bns.items()}
+
+
+def _normal_kl(count: Tensor, total: Tensor, squares: Tensor, bn: nn.Module) -> Tensor:
+    mean_p, mean_q = total / count, bn.running_mean.double().cpu()
+    # Deviation: bn.eps in both variances, as BN normalises with it; a dead channel is not infinite.
+    var_p = squares / count - mean_p.square() + bn.eps
+    var_q = bn.running_var.double().cpu() + bn.eps
+    # D(p, q) = log(sigma_q / sigma_p) + (sigma_p^2 + (mu_p - mu_q)^2) / (2 sigma_q^2) - 1/2   Table 1
+    divergence = (var_q / var_p).log() / 2 + (var_p + (mean_p - mean_q).square()) / (2 * var_q) - 0.5
+    return divergence.float()
+
+
+# --------------------------------------------------------------------------------------------------
+# Section 3 (4 on arXiv), Eq. 4 and Algorithm 1: count oscillations, freeze what oscillates
+# --------------------------------------------------------------------------------------------------
 
 
 class OscillationTracker:
     """Oscillation frequency of every low-bit weight (Eq. 4), and iterative freezing (Algorithm 1).
 
-    Call `step` once after each optimizer step and nowhere else: evaluation, BN re-estimation and gradient
-    accumulation leave the integers alone, and would only make the frequencies decay. All layers are one
-    flat vector here, which costs a dozen passes over the weights however many layers there are.
+    Call `step` once after each optimizer step and nowhere else: evaluation, BN re-estimation and
+    gradient accumulation leave the integers alone, and would only make the frequencies decay. All
+    layers are one flat vector here: a dozen passes over it, however many layers there are.
 
     Args:
         model: from quantize_model, on its device.
-        momentum: m of both EMAs, in 0..1. Paper silent: the released code has 0.001.
+        momentum: m of both EMAs, above 0 and at most 1. Paper silent: the released code has 0.001,
+            for 10^5 and more steps; a run of 10^3 steps needs a shorter memory.
         max_bits: layers with more weight bits are not tracked (released code: 4).
     Raises:
         ValueError: for a momentum outside 0..1.
@@ -417,7 +549,7 @@ class OscillationTracker:
         """One iteration of Algorithm 1 after its optimizer step; None tracks without freezing."""
         m = self.momentum
         w_int = self._gather(layer.weight_int() for layer in self.layers.values())
-        # o_t = 1 where w_int changed, and in the direction opposite to its previous change          Eq. 4
+        # o_t = 1 where w_int changed, in the direction opposite to its previous change     Eq. 4
         # Deviation: the first change is no oscillation; Algorithm 1's zero start would count it.
         change = w_int - self.w_int
         oscillates = change * self.last_change < 0
@@ -432,15 +564,16 @@ class OscillationTracker:
         self.w_int = w_int
 
     def _freeze(self, above: Tensor, w_int: Tensor) -> Tensor:
-        """Freezes weights above the threshold at round(EMA_{t-1}(w_int)); returns the integers after it."""
+        """Freezes weights above the threshold at round(EMA_{t-1}(w_int)); returns all integers."""
         frozen = self._gather(layer.frozen for layer in self.layers.values())
         w_int = torch.where(above & ~frozen, self.ema_int.round(), w_int)
         frozen |= above
-        for layer, mask, ints in zip(self.layers.values(), self._split(frozen), self._split(w_int)):
+        parts = zip(self.layers.values(), self._split(frozen), self._split(w_int))
+        for layer, mask, ints in parts:
             layer.frozen.copy_(mask)
             layer.frozen_int.copy_(ints)
-            # The latent weight is held at its bin centre too, against momentum and weight decay, so that
-            # the network is the same to whoever reads only the weights.
+            # While freezing is on, the latent weight waits at its bin centre too, against momentum
+            # and weight decay: the network is the same to whoever reads only the weights.
             layer.place(mask, ints)
         return w_int
 
@@ -449,14 +582,14 @@ class OscillationTracker:
         return torch.cat(parts) if parts else torch.zeros(0)
 
     def _split(self, flat: Tensor) -> list[Tensor]:
-        weights = [layer.weight for layer in self.layers.values()]
-        return [part.view(w.shape) for part, w in zip(flat.split([w.numel() for w in weights]), weights)]
+        shapes = [layer.weight.shape for layer in self.layers.values()]
+        return [part.view(shape) for part, shape in zip(flat.split([s.numel() for s in shapes]), shapes)]
 
     def _by_name(self, flat: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.layers, self._split(flat.clone())))
 
     def frequency(self) -> dict[str, Tensor]:
-        """f_t of Eq. 4 by layer: W, full reversals per iteration, 0..1."""
+        """f_t of Eq. 4 by layer: W, reversals per iteration, 0..1: twice the cycles of A.2."""
         return self._by_name(self.f)
 
     def integers(self) -> dict[str, Tensor]:
@@ -473,7 +606,8 @@ class OscillationTracker:
 
     def oscillating_masks(self, threshold: float = 0.005) -> dict[str, Tensor]:
         """Weights with f_t > threshold that are not frozen, by layer: W, bool."""
-        return {name: (f > threshold) & ~self.layers[name].frozen for name, f in self.frequency().items()}
+        return {name: (f > threshold) & ~self.layers[name].frozen
+                for name, f in self.frequency().items()}
 
     def oscillating(self, threshold: float = 0.005) -> float:
         """Share of the tracked weights that oscillate, 0..1 (Osc. of Tables 4 and 5)."""
@@ -487,7 +621,7 @@ class OscillationTracker:
         return sum(mask.sum().item() for mask in masks.values()) / max(self.f.numel(), 1)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint needs beside the model's own state, which has the masks and frozen integers."""
+        """A copy of all that the model's own state lacks; that has masks and frozen integers."""
         return {name: getattr(self, name).clone() for name in ("w_int", "ema_int", "last_change", "f")}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -498,18 +632,19 @@ class OscillationTracker:
             getattr(self, name).copy_(state[name])
 
 
-# ---------------------------------------------------------------------------------------------------
-# Section 3 (4 on arXiv): dampening, and the schedules
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Section 3 (4 on arXiv), Eq. 5: dampening, and the schedules of both cures
+# --------------------------------------------------------------------------------------------------
 
 
 def dampening_loss(model: nn.Module, reduction: str = "sum", max_bits: int = 4) -> Tensor:
-    """Eq. 5 summed over the layers with at most `max_bits` weight bits: a scalar with gradient to the weights.
+    """Eq. 5 over the layers with at most `max_bits` weight bits: a scalar with gradient to w.
 
     Args:
         model: from quantize_model.
-        reduction: "sum", the squared Frobenius norm of Eq. 5; "kernel_mean", the released code's: summed
-            over output channels, averaged over the rest of the kernel. A lambda belongs to one of them.
+        reduction: "sum", the squared Frobenius norm of Eq. 5; "kernel_mean", the released code's:
+            summed over output channels, averaged over the rest of the kernel. A lambda belongs to
+            one of them.
         max_bits: layers with more weight bits are left out.
     Raises:
         ValueError: for an unknown reduction.
@@ -521,130 +656,40 @@ def dampening_loss(model: nn.Module, reduction: str = "sum", max_bits: int = 4) 
         w, quantizer = layer.weight, layer.weight_quantizer
         scale = quantizer.usable_scale(w.dim()).detach()
         w_hat = layer.weight_hat().detach()
-        # L_dampen = || w_hat - clip(w, s n, s p) ||_F^2, no gradient through the bin centre w_hat      Eq. 5
+        # L_dampen = || w_hat - clip(w, s n, s p) ||_F^2, no gradient through w_hat            Eq. 5
         clipped = w.clamp(scale * quantizer.int_min, scale * quantizer.int_max)
+        # Deviation: a frozen weight has no part in it, so that its gradient is 0 here as well.
         gap = torch.where(layer.frozen, 0, w_hat - clipped)
         loss = loss + gap.square().sum() / (w[0].numel() if reduction == "kernel_mean" else 1)
     return loss
 
 
 def cosine_anneal(start: float, end: float, progress: float, warmup: float = 0.25) -> float:
-    """Half a cosine from start to end while progress (0..1) goes from warmup to 1; start before that.
+    """cos(start, end) of Tables 4 and 5, for lambda and f_th: half a cosine.
 
-    cos(start, end) of Tables 4 and 5, for lambda and f_th. Paper silent on warmup: the released code
-    leaves freezing off for the first quarter of training.
+    Args:
+        start, end: values at `warmup` and before, and at 1.
+        progress: share of training done, 0..1.
+        warmup: share of training before the cosine begins, below 1. Paper silent: the released code
+            has freezing off for the first quarter; switching it off is the caller's part.
     """
     t = min(max((progress - warmup) / (1 - warmup), 0.0), 1.0)
     return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
 
 
-# ---------------------------------------------------------------------------------------------------
-# Section 2.3.1 and Table 1: batch norm under oscillation
-# ---------------------------------------------------------------------------------------------------
-
-
-def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """BN layers with running statistics, by name."""
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    return {name: module for name, module in model.named_modules()
-            if isinstance(module, kinds) and module.track_running_stats}
-
-
-@contextmanager
-def batch_statistics(model: nn.Module, momentum: float | None):
-    """Evaluation mode, but for BN: it normalises by the batch and updates by `momentum` (None = plain mean)."""
-    before = {bn: (bn.momentum, bn.num_batches_tracked.clone()) for bn in batch_norms(model).values()}
-    with evaluation_mode(model):
-        for bn in before:
-            bn.train()
-            bn.momentum = momentum
-        try:
-            yield
-        finally:
-            for bn, (own_momentum, count) in before.items():
-                bn.momentum = own_momentum
-                bn.num_batches_tracked.copy_(count)
+# --------------------------------------------------------------------------------------------------
+# Section 2.3.2 and Table 3: what the oscillating weights cost (last, as it needs the tracker)
+# --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def reestimate_bn(model: nn.Module, batches: Iterable) -> None:
-    """Replaces BN's running statistics by the plain mean of the statistics of the given batches.
-
-    The remedy of section 2.3.1 for statistics that went stale under oscillating weights. Variances are
-    the unbiased ones that BN itself keeps. Modes, momenta, weights and trackers stay as they were.
-
-    Args:
-        model: any network; without BN nothing happens.
-        batches: training images (N, 3, H, W), or tuples that begin with them; released code: 50 of 128.
-    Raises:
-        ValueError: where there is no batch.
-    """
-    done = 0
-    with batch_statistics(model, None):
-        for done, images in enumerate(images_of(batches, model), 1):
-            if done == 1:
-                for bn in batch_norms(model).values():
-                    bn.reset_running_stats()
-            model(images)
-    if not done:
-        raise ValueError("BN re-estimation needs at least one batch")
-
-
-@torch.no_grad()
-def bn_kl_divergence(model: nn.Module, batches: Iterable) -> dict[str, Tensor]:
-    """Table 1: KL divergence of each BN layer's running statistics q from the population's p, per channel.
-
-    Paper silent on how p is taken: here mean and variance of all inputs of the layer over all batches, while
-    BN normalises by the batch, as in training: so a layer is charged with its own stale statistics only.
-
-    Args:
-        model: any network with BN; it is left as it was.
-        batches: training images (N, 3, H, W), or tuples that begin with them.
-    Returns:
-        BN layer name -> D(p, q) >= 0, in nats, of shape (channels,).
-    Raises:
-        ValueError: where there is no batch.
-    """
-    bns = batch_norms(model)
-    sums = {bn: torch.zeros(3, bn.num_features, dtype=torch.float64) for bn in bns.values()}
-
-    def record(bn, args):
-        x = args[0].detach().double().transpose(0, 1).flatten(1).cpu()  # (channels, everything else)
-        sums[bn] += torch.stack([torch.full_like(x[:, 0], x.shape[1]), x.sum(1), x.square().sum(1)])
-
-    hooks = [bn.register_forward_pre_hook(record) for bn in bns.values()]
-    try:
-        with batch_statistics(model, 0.0):  # momentum 0 keeps the running statistics
-            for images in images_of(batches, model):
-                model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if any(not total[0].all() for total in sums.values()):
-        raise ValueError("the KL divergence needs at least one batch")
-    return {name: _normal_kl(*sums[bn], bn) for name, bn in bns.items()}
-
-
-def _normal_kl(count: Tensor, total: Tensor, squares: Tensor, bn: nn.Module) -> Tensor:
-    mean_p, mean_q = total / count, bn.running_mean.double().cpu()
-    # bn.eps on both sides, as BN normalises with it: a channel that is constant has no infinite divergence.
-    var_p, var_q = squares / count - mean_p.square() + bn.eps, bn.running_var.double().cpu() + bn.eps
-    # D(p, q) = log(sigma_q / sigma_p) + (sigma_p^2 + (mu_p - mu_q)^2) / (2 sigma_q^2) - 1/2       Table 1
-    return ((var_q / var_p).log() / 2 + (var_p + (mean_p - mean_q).square()) / (2 * var_q) - 0.5).float()
-
-
-# ---------------------------------------------------------------------------------------------------
-# Section 2.3.2 and Table 3: what the oscillating weights cost
-# ---------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def sample_oscillating_weights(model: nn.Module, tracker: OscillationTracker, generator: torch.Generator | None = None,
+def sample_oscillating_weights(model: nn.Module, tracker: OscillationTracker,
+                               generator: torch.Generator | None = None,
                                threshold: float = 0.005) -> int:
     """Rounds the oscillating weights at random, in place: the stochastic rounding of Table 3.
 
-    A weight that oscillates between two integers takes the upper one with probability p(w_up), its share of
-    time there. The tracker stays as it was, so that one can sample again.
+    A weight that oscillates between two integers takes the upper one with probability p(w_up), its
+    share of time there. The tracker stays as it was, so that one can sample again.
 
     Args:
         model: the tracker's, or a copy of it.
@@ -664,13 +709,15 @@ def sample_oscillating_weights(model: nn.Module, tracker: OscillationTracker, ge
     return sum(mask.sum().item() for mask in masks.values())
 
 
-def optimize_oscillating_weights(model: nn.Module, tracker: OscillationTracker, batches: Iterable, steps: int = 10_000,
-                                 lr: float = 0.01, regularizer: float = 1.0, threshold: float = 0.005) -> int:
-    """Chooses between the two states of all oscillating weights together, in place: AdaRound in Table 3.
+def optimize_oscillating_weights(model: nn.Module, tracker: OscillationTracker, batches: Iterable,
+                                 steps: int = 10_000, lr: float = 0.01, regularizer: float = 1.0,
+                                 threshold: float = 0.005) -> int:
+    """Chooses the states of all oscillating weights together, in place: AdaRound in Table 3.
 
-    Each choice is relaxed to h in 0..1 (Nagel et al. 2020) and descends the task loss plus a regulariser that
-    drives h to 0 or 1; all else is constant. h enters through the layers' frozen integers.
-    Paper silent on learning rate and weight of the regulariser, here a mean over the choices.
+    Each choice between two integers is relaxed to h in 0..1 (Nagel et al. 2020) and descends the
+    task loss plus a regulariser that drives h to 0 or 1; all else is constant. h enters through the
+    layers' frozen integers. Paper silent on learning rate and weight of the regulariser, here a mean
+    over the choices.
 
     Args:
         model, tracker, threshold: as for sample_oscillating_weights.
@@ -684,16 +731,18 @@ def optimize_oscillating_weights(model: nn.Module, tracker: OscillationTracker, 
     ema = tracker.mean_integers()
     masks = {name: mask for name, mask in tracker.oscillating_masks(threshold).items() if mask.any()}
     lower = {name: ema[name].floor() for name in masks}
-    share = torch.cat([(ema[name] - lower[name])[mask] for name, mask in masks.items()] or [torch.zeros(0)])
-    # h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1), started at h = p(w_up)              AdaRound, Eqs. 23 and 24
+    shares = [(ema[name] - lower[name])[mask] for name, mask in masks.items()]
+    share = torch.cat(shares or [torch.zeros(0)])
+    # h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1), started at h = p(w_up)               AdaRound, Eq. 23
     v = torch.logit((share + 0.1) / 1.2).requires_grad_()
     optimizer = torch.optim.Adam([v], lr)
     device = next(model.parameters()).device
     with batch_statistics(model, 0.0):
         for step, (images, labels) in enumerate(islice(batches, steps if masks else 0)):
             h = (1.2 * v.sigmoid() - 0.1).clamp(0, 1)
-            logits = torch.func.functional_call(model, _soft_integers(model, masks, lower, h), images.to(device))
-            # sum 1 - |2 h - 1|^beta, beta from 20 to 2
+            integers = _soft_integers(model, masks, lower, h)
+            logits = torch.func.functional_call(model, integers, images.to(device))
+            # mean of 1 - |2 h - 1|^beta, beta from 20 to 2                         AdaRound, Eq. 24
             beta = cosine_anneal(20.0, 2.0, step / steps, warmup=0.2)
             loss = F.cross_entropy(logits, labels.to(device))
             if step >= steps / 5:
@@ -703,14 +752,15 @@ def optimize_oscillating_weights(model: nn.Module, tracker: OscillationTracker, 
             optimizer.step()
     choices = (v.detach() > 0).split([mask.sum().item() for mask in masks.values()])
     for (name, mask), upper in zip(masks.items(), choices):
-        model.get_submodule(name).place(mask, lower[name].masked_scatter(mask, lower[name][mask] + upper))
+        w_int = lower[name].masked_scatter(mask, lower[name][mask] + upper)
+        model.get_submodule(name).place(mask, w_int)
     return v.numel()
 
 
 def _soft_integers(model: nn.Module, masks: dict, lower: dict, h: Tensor) -> dict[str, Tensor]:
     """Buffers of the layers in which the masked weights are frozen at lower + h, a real number."""
-    buffers = {}
-    for (name, mask), part in zip(masks.items(), h.split([mask.sum().item() for mask in masks.values()])):
+    buffers, counts = {}, [mask.sum().item() for mask in masks.values()]
+    for (name, mask), part in zip(masks.items(), h.split(counts)):
         layer = model.get_submodule(name)
         soft = lower[name].masked_scatter(mask, lower[name][mask] + part)
         buffers[f"{name}.frozen_int"] = torch.where(layer.frozen, layer.frozen_int, soft)
