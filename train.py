@@ -38,7 +38,7 @@ from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
 from tqdm import tqdm
 
 from osc_qat import (ESTIMATORS, OscillationTracker, Quantizer, batch_norms, bn_kl_divergence, calibrate,
-                     cosine_anneal, dampening_loss, optimize_oscillating_weights, quantize_model, reestimate_bn,
+                     cosine_anneal, dampening_loss, optimize_oscillating_weights, quant_layers, quantize_model, reestimate_bn,
                      sample_oscillating_weights)
 
 # ---------------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def build_model(name: str, num_classes: int = 1000, weights: str | None = None, 
 # Data: both sets give batches of (images, labels) by train(epoch, start), and val()
 # ---------------------------------------------------------------------------------------------------
 
-EXTRA = -1  # "epoch" of the training batches that calibration and BN re-estimation see
+EXTRA = -1  # "epoch" of the training batches for calibration and BN re-estimation, on every process the same
 
 
 def seed_of(*parts: int) -> int:
@@ -278,10 +278,10 @@ def generator(*parts: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*parts))
 
 
-def batch_indices(count: int, batch_size: int, ranks: tuple[int, int], *seed: int) -> list[list[int]]:
+def batch_indices(count: int, batch_size: int, ranks: tuple[int, int], seed: int, epoch: int) -> list[list[int]]:
     """This rank's shuffled, full batches of one epoch; which ones depends on nothing but the seed."""
-    rank, world = ranks
-    order = torch.randperm(count, generator=generator(*seed))[: count - count % world][rank::world]
+    rank, world = ranks if epoch > EXTRA else (0, 1)
+    order = torch.randperm(count, generator=generator(seed, epoch))[: count - count % world][rank::world]
     size = min(batch_size, len(order))
     return [part.tolist() for part in order.split(size) if len(part) == size]
 
@@ -338,8 +338,9 @@ class Embedded:
 
     def train(self, epoch: int, start: int = 0):
         """Batches of an epoch from the start-th on."""
+        rank = self.ranks[0] if epoch > EXTRA else 0
         for step, indices in enumerate(self._indices(epoch)[start:], start):
-            yield self._batch("train", indices, self.seed, epoch, step, self.ranks[0])
+            yield self._batch("train", indices, self.seed, epoch, step, rank)
 
     def val(self):
         """This rank's share of the validation images; all ranks together see each once."""
@@ -438,7 +439,7 @@ class Folder:
 
 VERSION = 1  # of the checkpoint's layout
 FREE = ("output", "resume", "workers", "device", "checkpoint_every", "data", "weights", "evaluate", "analyze",
-        "samples", "choice_steps", "plot", "summarize", "benchmark", "rounds")  # may differ on --resume
+        "samples", "choice_steps", "plot", "summarize", "benchmark", "rounds", "export")  # may differ on --resume
 
 
 def bn_state(model: nn.Module) -> dict[str, Tensor]:
@@ -452,7 +453,7 @@ def bn_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def save_atomically(content, path: Path, write) -> None:
+def save_atomically(content, path: Path, write, flag: str = "--output") -> None:
     """Writes beside `path` and renames: a kill or a full disk leaves the previous file whole."""
     part = path.with_name(path.name + ".part")
     try:
@@ -463,7 +464,7 @@ def save_atomically(content, path: Path, write) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         part.unlink(missing_ok=True)
-        raise UserError(f"--output {path.parent}: cannot write {path.name} ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{flag} {path}: cannot be written ({str(error).splitlines()[0]})") from None
 
 
 class Run:
@@ -531,18 +532,30 @@ class Run:
         if args.trace and args.trace not in self.tracker.layers:
             raise UserError(f"--trace {args.trace}: no tracked layer; there are {', '.join(self.tracker.layers) or 'none'}")
         self.net = model
-        if dist.is_initialized():  # BN buffers are averaged in bn_state instead
-            self.net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        if dist.is_initialized():
+            self.net = nn.parallel.DistributedDataParallel(model)
         if args.compile:
             self.net = torch.compile(self.net)
 
-    def open(self, content: dict) -> None:
-        """The network, tracker and optimizers of a checkpoint."""
+    def restore(self, content: dict) -> None:
+        """The network of a checkpoint or export, as trained, with BN's own statistics."""
         self.model = make_network(content["network"]).to(
             self.device, memory_format=getattr(torch, self.args.memory_format))
+        self.model.load_state_dict(content["model"])
         self.data.preprocess(**INPUTS[self.model.network["layout"]])
+
+    def open(self, content: dict) -> None:
+        """All of a checkpoint: network, tracker, optimizers and how far the run has come."""
+        self.restore(content)
         self.prepare()
-        self.load(content)
+        self.tracker.load_state_dict(content["tracker"])
+        for optimizer, state in zip(self.optimizers, content["optimizers"]):
+            optimizer.load_state_dict(state)
+        self.step, self.loss_sum, self.rows = content["step"], content["loss_sum"], content["rows"]
+        self.best, self.seconds = content["best"], content["seconds"]
+        self.fp32_top1, self.reestimated = content["fp32_top1"], content["reestimated_bn"]
+        if content["trace"]:
+            self.trace.extend(torch.stack([content["trace"][key] for key in ("w_int", "u")], 1))
 
     # --- scores -------------------------------------------------------------------------------------
 
@@ -642,7 +655,6 @@ class Run:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
             reestimate_bn(self.model, islice(self.data.train(EXTRA), self.args.bn_batches))
         self.reestimated = bn_state(self.model)
-        self.model.load_state_dict(self.reestimated, strict=False)
         post = self.accuracy()
         self.model.load_state_dict(own, strict=False)
         lr, lambda_, threshold = self.schedule(self.step - 1) if self.step else (0.0, 0.0, None)
@@ -719,17 +731,6 @@ class Run:
         if self.rows:
             save_atomically(self.rows, self.output / "log.csv", write_csv)
 
-    def load(self, content: dict) -> None:
-        """Puts the run where the checkpoint left it."""
-        self.model.load_state_dict(content["model"])
-        self.tracker.load_state_dict(content["tracker"])
-        for optimizer, state in zip(self.optimizers, content["optimizers"]):
-            optimizer.load_state_dict(state)
-        self.step, self.loss_sum, self.rows = content["step"], content["loss_sum"], content["rows"]
-        self.best, self.seconds, self.fp32_top1 = content["best"], content["seconds"], content["fp32_top1"]
-        self.reestimated = content["reestimated_bn"]
-        self.trace.extend(torch.stack([content["trace"][key] for key in ("w_int", "u")], 1) if content["trace"] else [])
-
 
 def write_csv(rows: list[dict], file) -> None:
     text = io.TextIOWrapper(file, newline="", write_through=True)
@@ -760,6 +761,8 @@ def read_checkpoint(path: str | Path, flag: str, args: argparse.Namespace | None
     if content["version"] > VERSION:
         raise UserError(f"{flag} {path}: was written by a newer train.py (version {content['version']}, "
                         f"this one reads {VERSION})")
+    if "packed" in content:
+        content["model"] = unpack(content)
     if args is not None:
         differ = [f"--{key.replace('_', '-')} {content['arguments'].get(key)} there, {value} here"
                   for key, value in vars(args).items() if key not in FREE and content["arguments"].get(key) != value]
@@ -810,31 +813,74 @@ def train(args: argparse.Namespace) -> dict:
 # ---------------------------------------------------------------------------------------------------
 
 
-def open_checkpoint(path: str, flag: str, args: argparse.Namespace) -> tuple[Run, dict]:
-    """A finished run as it was after its last step, on the data of the command line."""
+def run_of(path: str, flag: str, args: argparse.Namespace) -> tuple[Run, dict]:
+    """The settings of a finished run, on the data of this command line, and its checkpoint."""
     content = read_checkpoint(path, flag)
     here = {name: getattr(args, name) for name in ("data", "device", "workers", "bn_batches")}
     run = Run(argparse.Namespace(**{**content["arguments"], **here, "compile": False}))
-    if run.data.num_classes != content["network"]["num_classes"]:
-        raise UserError(f"{flag} {path}: is for {content['network']['num_classes']} classes, the data has "
-                        f"{run.data.num_classes}; give its own --data")
-    run.open(content)
+    classes = content["network"]["num_classes"]
+    if run.data.num_classes != classes:
+        raise UserError(f"{flag} {path}: is for {classes} classes, the data has {run.data.num_classes}; "
+                        "give the --data that it was trained on")
     return run, content
 
 
 def evaluate(args: argparse.Namespace) -> dict:
-    """Top-1 of a checkpoint, with BN's own statistics and with the re-estimated ones it holds."""
-    run, content = open_checkpoint(args.evaluate, "--evaluate", args)
+    """Top-1 of a checkpoint, with BN's own statistics and with the re-estimated ones; exports it."""
+    run, content = run_of(args.evaluate, "--evaluate", args)
+    run.restore(content)
     scores = {"pre_bn_top1": run.accuracy()}
     run.model.load_state_dict(content["reestimated_bn"], strict=False)
     scores["post_bn_top1"] = run.accuracy()
     print(json.dumps(scores))
+    if args.export:
+        export(run, content, Path(args.export))
     return scores
+
+
+def export(run: Run, content: dict, path: Path) -> None:
+    """Writes integers, two to a byte up to 4 bits, scales and the float rest, with BN re-estimated."""
+    state, layers = run.model.state_dict(), quant_layers(run.model)
+    if not layers:
+        raise UserError("--export: a float network has no integers; give a quantized checkpoint")
+    packed = {}
+    for name, layer in layers.items():
+        codes = (layer.weight_int() - layer.weight_quantizer.int_min).to(torch.uint8).flatten().cpu()
+        if layer.weight_quantizer.bits <= 4:
+            codes = F.pad(codes, (0, len(codes) % 2))
+            codes = codes[::2] | codes[1::2] << 4
+        packed[name] = codes
+        for entry in ("weight", "frozen", "frozen_int"):
+            del state[f"{name}.{entry}"]
+    small = {"version": VERSION, "network": content["network"], "arguments": content["arguments"],
+             "reestimated_bn": {}, "packed": packed, "rest": state}
+    save_atomically(small, path, torch.save, "--export")
+    floats = 4 * sum(parameter.numel() for parameter in run.model.parameters())
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, the float parameters are {floats / 1e6:.2f} MB")
+
+
+def unpack(content: dict) -> dict[str, Tensor]:
+    """The state dict of an export: every weight is a frozen integer."""
+    state, network = content["rest"], make_network(content["network"])
+    for name, layer in quant_layers(network).items():
+        codes, weight = content["packed"][name], layer.weight
+        if layer.weight_quantizer.bits <= 4:
+            codes = torch.stack([codes & 15, codes >> 4], 1).flatten()[: weight.numel()]
+        w_int = (codes.to(torch.int16) + layer.weight_quantizer.int_min).view(weight.shape)
+        scale = state[f"{name}.weight_quantizer.scale"]
+        scale = scale.view(-1, *[1] * (weight.dim() - 1)) if len(scale) > 1 else scale
+        state[f"{name}.weight"], state[f"{name}.frozen_int"] = scale * w_int, w_int.to(torch.int8)
+        state[f"{name}.frozen"] = torch.ones_like(w_int, dtype=torch.bool)
+    return state
 
 
 def analyze(args: argparse.Namespace) -> None:
     """Table 1 and Table 3 of the first checkpoint, Figures 2 to 4 of all of them."""
-    runs = [open_checkpoint(path, "--analyze", args) for path in args.analyze]
+    runs = [run_of(path, "--analyze", args) for path in args.analyze]
+    for path, (run, content) in zip(args.analyze, runs):
+        if "packed" in content:
+            raise UserError(f"--analyze {path}: an export has no latent weights; give the checkpoint")
+        run.open(content)
     names = [f"{run.args.method} w{run.args.bits}a{run.args.act_bits}" for run, _ in runs]
     untracked = [path for path, (run, _) in zip(args.analyze, runs) if not run.tracker.layers]
     if untracked:
@@ -1128,6 +1174,7 @@ def parser() -> argparse.ArgumentParser:
     add("--trace", metavar="LAYER", help="keep the last 1000 integers of this layer's first channel (Figure 2); with "
         "--analyze: layer of the histograms")
     add("--evaluate", metavar="CHECKPOINT", help="score a checkpoint and exit")
+    add("--export", metavar="FILE", help="--evaluate: also write the network in integers; --evaluate reads that too")
     add("--analyze", metavar="CHECKPOINT", nargs="+", help="Tables 1 and 3 of the first, Figures 2 to 4 of all, and exit")
     add("--samples", type=number(int, 2, 10000), default=10, help="--analyze: stochastic roundings")
     add("--choice-steps", type=number(int, 1, 10**7), default=1000, help="--analyze: steps of AdaRound; paper: 10000")
