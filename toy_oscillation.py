@@ -44,7 +44,6 @@ TRAVEL_ROWS, SWING_ROWS, PAUSE = 25, 40, 0.08  # lines a phase; seconds a line, 
 
 
 # ---- Section 2.2, Eq. 3: the regression ----------------------------------------------------------
-
 @dataclass
 class Toy:
     """One setting of the regression; raises ValueError, beginning with the bad field's name."""
@@ -90,8 +89,9 @@ def oscillate(toy: Toy) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     model = quantize_model(network, BITS, first_last_bits=BITS, estimator=toy.estimator)
     layer = model.double()[0]  # so that the predictions can be held to their last digits
     layer.weight_quantizer.scale.requires_grad_(False).fill_(toy.scale)
-    start = toy.lower + toy.scale * (toy.up > 0.5) if toy.start is None else toy.start
-    layer.weight.data.copy_(torch.as_tensor(start).reshape(-1, 1))
+    nearest = torch.where(toy.up > 0.5, toy.lower + toy.scale, toy.lower)
+    start = torch.as_tensor(nearest if toy.start is None else toy.start)
+    layer.weight.data.copy_(start.reshape(-1, 1))
     tracker, generator = OscillationTracker(model), torch.Generator().manual_seed(toy.seed)
     inputs = torch.randn(toy.steps, generator=generator) if toy.noise else torch.ones(toy.steps)
     for t, x in enumerate(inputs.double().reshape(-1, 1, 1)):
@@ -120,7 +120,6 @@ def simulate(target: float | Tensor, scale: float = 0.1, lr: float = 0.01, steps
 
 
 # ---- Appendix A.2 and A.3: measured and predicted ------------------------------------------------
-
 def measure(toy: Toy, w: Tensor, w_hat: Tensor) -> dict[str, Tensor]:
     """What the traces, (T,) or (T, K), do once all weights swing, or long after a cure's onset."""
     skip = int((w_hat != w_hat[0]).int().argmax(0).max())
@@ -142,7 +141,7 @@ def predict(toy: Toy, cured: bool = False) -> dict[str, float]:
     # All estimators multiply the gradient; what counts is the factor at the threshold.
     factor = -ESTIMATORS[toy.estimator](-torch.ones(1), torch.ones(1) / 2).item()
     frozen = cured and toy.freeze_threshold is not None and 2 * f > toy.freeze_threshold
-    # Dampening shortens each step by lr lambda s. Where the shorter kind is gone, w is at rest.
+    # Dampening shortens each step by lr lambda s. Where nothing is left of the short ones, w rests.
     f = 0.0 if frozen or factor * f <= pull else (factor * f - pull) / (factor - 2 * pull)
     upper = f if up <= 0.5 else 1 - f
     return {"frequency": f, "mean": (toy.lower + toy.scale * upper).item(), "upper": upper,
@@ -150,7 +149,6 @@ def predict(toy: Toy, cured: bool = False) -> dict[str, float]:
 
 
 # ---- In the terminal -----------------------------------------------------------------------------
-
 def draw(toy: Toy, t: int, w: float, w_hat: float, zoom: int, live: bool) -> str:
     """One iteration as a line of 75 columns; in colour where live."""
     column = round(WIDTH // 2 + zoom * (WIDTH - 1) * (w - toy.threshold.item()) / toy.scale)
@@ -233,11 +231,10 @@ def compare(variants: dict[str, Toy]) -> Iterator[dict]:
                "bias": 100 * (got["mean"] - toy.target) / toy.scale, "height": got["height"],
                "lr (s-d)": law["height"], "last w": (w[-1] - toy.lower) / toy.scale}
         strip = "".join("_#"[up] for up in (w_hat[-22:] > toy.threshold).int())
-        yield {"setting": name, **{key: float(cell) for key, cell in row.items()}, "last q(w)": strip}
+        yield {"setting": name, **{key: float(cell) for key, cell in row.items()}, "q(w)": strip}
 
 
 # ---- Figures 1, 5 and 6 --------------------------------------------------------------------------
-
 def draw_figures(toy: Toy, path: Path) -> None:
     """Figure 1 above (STE, EWGS, DSQ), Figures 5 and 6 below, in one picture."""
     from matplotlib.figure import Figure
@@ -265,13 +262,12 @@ def draw_figures(toy: Toy, path: Path) -> None:
         panels[6].plot((w - toy.threshold) / toy.scale, lw=1, label=f"lr = {lr:.2g}")
     panels[6].set(title="Fig. 6: STE", xlabel="iteration", ylabel="(w - threshold) / s")
     panels[6].margins(y=0.2)
-    for name, columns in (("dsq", 1), (5, 1), (6, 3)):
-        panels[name].legend(fontsize=8, ncols=columns)
+    for name in ("dsq", 5, 6):
+        panels[name].legend(fontsize=8, ncols=3 if name == 6 else 1)
     figure.savefig(path, dpi=100)
 
 
 # ---- Command line --------------------------------------------------------------------------------
-
 def parse(argv: list[str] | None) -> tuple[Toy, argparse.Namespace]:
     """The setting and all flags; exits with status 2 and one line where one of them is bad."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -296,6 +292,9 @@ def parse(argv: list[str] | None) -> tuple[Toy, argparse.Namespace]:
     try:
         toy = Toy(args.target, args.scale, args.lr, args.steps, args.estimator, args.dampening,
                   args.freeze_threshold, args.cure_after, args.noise, args.seed)
+    except ValueError as error:  # begins with the field's name
+        parser.error(f"--{str(error).replace('_', '-', 1)}")
+    try:
         if args.json:
             args.json.open("a").close()
         if args.plot:
@@ -324,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
             w, w_hat, f = watch(toy)
             results["table"].extend(tell(report(toy, w, w_hat, f), 38))
             # Figure 6, A.3. From the threshold, since the way to it takes 1/lr iterations.
-            variants = {f"lr = {lr:g}": replace(toy, lr=lr, steps=1000, start=toy.threshold)
+            variants = {f"lr = {lr:g}": replace(toy, lr=lr, steps=500, start=toy.threshold)
                         for lr in (toy.lr, toy.lr / 10, toy.lr / 100)}
         if args.compare or toy.up % 1 and len(w) == toy.steps <= toy.onset:
             results["compare"].extend(tell(compare(variants), 16))

@@ -84,6 +84,11 @@ def recipe(args: argparse.Namespace) -> dict:
                 lambda_end=rows["dampen"][2], freeze_end=rows["freeze"][2])
 
 
+def brief(error: Exception) -> str:
+    """The first line of what an exception says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
 class UserError(Exception):
     """Bad input, told in one line: which flag or file, what is wrong, what to do. Exit status 2."""
 
@@ -164,7 +169,7 @@ def read_file(path: str | Path, flag: str) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged, foreign or malicious file raises
-        raise UserError(f"{flag} {path}: cannot be read as weights ({str(error).splitlines()[0][:90]})") from None
+        raise UserError(f"{flag} {path}: cannot be read as weights ({brief(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{flag} {path}: holds a {type(content).__name__}, expected a state dict or a checkpoint")
     return content
@@ -255,7 +260,7 @@ def build_model(name: str, num_classes: int = 1000, weights: str | None = None, 
         try:
             state = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=False)
         except OSError as error:
-            raise UserError(f"--weights DEFAULT: download failed ({error}); give a file, or train float weights "
+            raise UserError(f"--weights DEFAULT: download failed ({brief(error)}); give a file, or train float weights "
                             "first: --method fp32 --data DIR") from None
     if state is not None:
         fit(model, state, f"--weights {weights}")
@@ -386,7 +391,7 @@ class Folder:
                 self.sets[part] = Pictures(Path(root, part), None, args.seed)
             except OSError as error:
                 raise UserError(f"--data {root}: expected {part}/CLASS/*.jpg below it, with images in each class "
-                                f"({str(error).splitlines()[0][:120]})") from None
+                                f"({brief(error)})") from None
         classes = [set(pictures.classes) for pictures in self.sets.values()]
         if classes[0] != classes[1]:
             raise UserError(f"--data {root}: train and val must have the same classes; "
@@ -464,14 +469,21 @@ def save_atomically(content, path: Path, write, flag: str = "--output") -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         part.unlink(missing_ok=True)
-        raise UserError(f"{flag} {path}: cannot be written ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{flag} {path}: cannot be written ({brief(error)})") from None
+
+
+def usable_device(name: str) -> torch.device:
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+        raise UserError(f"--device {name}: cannot be used ({brief(error)})") from None
 
 
 class Run:
     """One training run: the network with its tracker and optimizers, the loop, and the checkpoint."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.device = args, torch.device(args.device)
+        self.args, self.device = args, usable_device(args.device)
         self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.data = Embedded(args, self.ranks) if args.data is None else Folder(args, self.ranks)
         self.output = Path(args.output)
@@ -876,6 +888,8 @@ def unpack(content: dict) -> dict[str, Tensor]:
 
 def analyze(args: argparse.Namespace) -> None:
     """Table 1 and Table 3 of the first checkpoint, Figures 2 to 4 of all of them."""
+    if args.plot:
+        pyplot("--plot")
     runs = [run_of(path, "--analyze", args) for path in args.analyze]
     for path, (run, content) in zip(args.analyze, runs):
         if "packed" in content:
