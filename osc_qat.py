@@ -5,10 +5,10 @@ Nagel, Fournarakis, Bondarenko, Blankevoort, ICML 2022 (PMLR 162:16318-16330, ar
 In quantization-aware training (QAT) a weight is kept in floating point and rounded in every forward
 pass. Rounding has no useful derivative, so its gradient is passed straight through. If the optimum
 lies between two grid points, the gradient has one sign on the lower point and the other sign on the
-upper one: the weight is driven to the rounding threshold between them and jumps to and fro across it
-for the rest of training. The moving averages of batch norm (BN) cannot follow those jumps, and the
-weights that still jump at the end are rounded at random. This file holds the quantizer that makes it
-happen, the measure that counts it, and two ways to stop it.
+upper one: the weight is driven to the rounding threshold between them and jumps to and fro across
+it for the rest of training. The moving averages of batch norm (BN) cannot follow those jumps, and
+the weights that still jump at the end are rounded at random. This file holds the quantizer that
+makes it happen, the measure that counts it, and two ways to stop it.
 
     paper        here              shape       meaning                        paper's value
     w            w, layer.weight   W           latent (shadow) weight
@@ -41,7 +41,7 @@ from torch import Tensor, nn
 # Section 2.1: the quantizer, and the gradients that pass through it
 # --------------------------------------------------------------------------------------------------
 
-MIN_SCALE = torch.finfo(torch.float32).eps  # a scale's floor: small enough never to be a useful value
+MIN_SCALE = torch.finfo(torch.float32).eps  # a scale's floor, too small to be a useful value
 
 
 def quantize_to_int(x: Tensor, scale: Tensor, int_min: int, int_max: int) -> Tensor:
@@ -59,7 +59,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-# Gradient estimators, Appendix A.1. Each maps (g, u) to dL/dw inside the grid: g is dL/dw_hat, u = w/s.
+# Gradient estimators, Appendix A.1. Each maps g = dL/dw_hat and u = w/s to dL/dw inside the grid.
 # All of them multiply g by a positive factor, which is why none of them stops oscillation (A.3).
 # Deviation: EWGS and PSG measure w - q(w) in steps s. In the unit of w, as A.1 has it, their effect
 # would vanish with the scale, which is about 0.05 in a trained layer.
@@ -95,7 +95,7 @@ ESTIMATORS = {"ste": ste, "ewgs": ewgs, "dsq": dsq, "psg": psg}
 
 
 class FakeQuantize(torch.autograd.Function):
-    """Eq. 1 forward; backward Eq. 2 for x, and for the scale the gradient of LSQ (Esser et al. 2020)."""
+    """Eq. 1 forward; backward Eq. 2 for x, for the scale LSQ's gradient (Esser et al. 2020)."""
 
     @staticmethod
     def forward(ctx, x, scale, int_min, int_max, estimator):
@@ -110,7 +110,7 @@ class FakeQuantize(torch.autograd.Function):
         x, x_hat, scale = ctx.saved_tensors
         int_min, int_max, estimator = ctx.grid
         # dL/dw = dL/dw_hat 1[n <= w/s <= p]                                                 Eq. 2
-        # As s n <= w <= s p, and in place: on a CPU a new tensor costs more than three passes over one.
+        # As s n <= w <= s p, and in place: on a CPU a new tensor costs more than three passes.
         g_inside = x.clamp(scale * int_min, scale * int_max).eq_(x).mul_(g)
         # dw_hat/ds = round(w/s) - w/s inside the grid, n or p where clipped                   LSQ
         # Summed, <g, w_hat - w 1[inside]> / s: inner products of tensors that are here anyway.
@@ -125,7 +125,7 @@ class FakeQuantize(torch.autograd.Function):
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """<a, b> over all elements, without a tensor of products and without a copy in channels-last."""
+    """<a, b> over all elements, without a tensor of products or a copy in channels-last."""
     if a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last):
         a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
     return torch.dot(a.flatten(), b.flatten())
@@ -168,7 +168,8 @@ class Quantizer(nn.Module):
         if bits not in range(2, 9):
             raise ValueError(f"bits must be 2 to 8, not {bits}")
         if estimator not in ESTIMATORS:
-            raise ValueError(f"estimator {estimator!r} is unknown; choose from {', '.join(ESTIMATORS)}")
+            known = ", ".join(ESTIMATORS)
+            raise ValueError(f"estimator {estimator!r} is unknown; choose from {known}")
         self.bits, self.signed = bits, signed
         self.per_channel, self.estimator = per_channel, estimator
         self.scale = nn.Parameter(torch.ones(max(per_channel, 1)))
@@ -185,9 +186,9 @@ class Quantizer(nn.Module):
         """The scale, > 0 and finite, shaped to broadcast over a tensor with `dim` dimensions.
 
         An optimizer step can carry it across zero, or to NaN. Every use repairs it in place
-        (reflected; NaN and infinity go to the floor) rather than clamp it in the graph: clamp passes
-        no gradient below its bound, so the scale would stick there. `.data`, since autograd must not
-        take the repair for a change between forward and backward.
+        (reflected; NaN and infinity go to the floor) rather than clamp it in the graph: clamp
+        passes no gradient below its bound, so the scale would stick there. `.data`, since autograd
+        must not take the repair for a change between forward and backward.
         """
         self.scale.data.abs_().nan_to_num_(nan=MIN_SCALE, posinf=MIN_SCALE).clamp_(min=MIN_SCALE)
         return self.scale.view(-1, *[1] * (dim - 1)) if self.per_channel else self.scale
@@ -268,7 +269,7 @@ class QuantLayer:
         return torch.where(self.frozen, self.frozen_int, self.weight_quantizer.to_int(self.weight))
 
     def weight_hat(self) -> Tensor:
-        """Current quantized weight, W. A frozen one is s * w_int: gradient 0 to w, and w_int to s."""
+        """Current quantized weight, W. A frozen one is s * w_int: gradient 0 to w, w_int to s."""
         w_hat = self.weight_quantizer(self.weight)
         scale = self.weight_quantizer.usable_scale(self.weight.dim())
         return torch.where(self.frozen, scale * self.frozen_int, w_hat)
@@ -290,7 +291,8 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
     def __init__(self, conv: nn.Conv2d, weight_quantizer: Quantizer,
                  input_quantizer: Quantizer | None = None):
         super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
-                         conv.padding, conv.dilation, conv.groups, conv.bias is not None, device="meta")
+                         conv.padding, conv.dilation, conv.groups, conv.bias is not None,
+                         device="meta")
         if conv.padding_mode != "zeros":
             raise ValueError(f"padding_mode {conv.padding_mode!r} is not supported, only 'zeros'")
         self.adopt(conv, weight_quantizer, input_quantizer)
@@ -325,8 +327,8 @@ def quantize_model(model: nn.Module, weight_bits: int, act_bits: int | None = No
     """Swaps every Conv2d and Linear of a classifier for its quantized layer, in place.
 
     The weights of the first and the last layer get `first_last_bits`. The image itself is not
-    quantized; the inputs of all other layers are, squeeze-excite layers included. Weights keep their
-    values, and their scales are MSE-initialised. Input scales are 1 until `calibrate` sets them.
+    quantized; the inputs of all other layers are, squeeze-excite layers included. Weights keep
+    their values; their scales are MSE-initialised. Input scales are 1 until `calibrate` sets them.
 
     Args:
         model: any network whose first and last Conv2d or Linear, in module order, are its first and
@@ -359,10 +361,11 @@ def quantize_model(model: nn.Module, weight_bits: int, act_bits: int | None = No
 
 
 def images_of(batches: Iterable, model: nn.Module) -> Iterable[Tensor]:
-    """Image tensors of batches that are images, or tuples that begin with them, on the model's device."""
+    """Images of batches that are images, or tuples that begin with them, on the model's device."""
     device = next(model.parameters()).device
     for batch in batches:
-        yield (batch[0] if isinstance(batch, (tuple, list)) else batch).to(device, non_blocking=True)
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        yield images.to(device, non_blocking=True)
 
 
 @contextmanager
@@ -379,10 +382,11 @@ def evaluation_mode(model: nn.Module):
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable, samples: int = 2**15) -> None:
-    """Sets scale and sign of every input quantizer from real batches; everything else stays as it was.
+    """Sets scale and sign of every input quantizer from real batches, and nothing else.
 
-    Runs in evaluation mode with float inputs. A grid is signed where any batch has a negative input:
-    on an unsigned grid a linear bottleneck loses half its values, on a signed one ReLU loses a bit.
+    Runs in evaluation mode with float inputs. A grid is signed where any batch has a negative
+    input: on an unsigned grid a linear bottleneck loses half its values, on a signed one ReLU loses
+    a bit.
 
     Args:
         model: from quantize_model.
@@ -442,7 +446,8 @@ def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
 @contextmanager
 def batch_statistics(model: nn.Module, momentum: float | None):
     """Evaluation mode, but BN normalises by the batch and updates by `momentum` (None = mean)."""
-    before = {bn: (bn.momentum, bn.num_batches_tracked.clone()) for bn in batch_norms(model).values()}
+    before = {bn: (bn.momentum, bn.num_batches_tracked.clone())
+              for bn in batch_norms(model).values()}
     with evaluation_mode(model):
         for bn in before:
             bn.train()
@@ -460,7 +465,7 @@ def reestimate_bn(model: nn.Module, batches: Iterable) -> None:
     """Replaces BN's running statistics by the plain mean of the statistics of the given batches.
 
     The remedy of section 2.3.1 for statistics that went stale under oscillating weights. Variances
-    are the unbiased ones that BN itself keeps. Modes, momenta, weights and trackers stay as they were.
+    are the unbiased ones that BN itself keeps. Modes, momenta, weights and trackers do not change.
 
     Args:
         model: any network; without BN nothing happens.
@@ -482,11 +487,11 @@ def reestimate_bn(model: nn.Module, batches: Iterable) -> None:
 
 @torch.no_grad()
 def bn_kl_divergence(model: nn.Module, batches: Iterable) -> dict[str, Tensor]:
-    """Table 1: KL divergence of each BN layer's running statistics q from the population's p, per channel.
+    """Table 1: KL divergence of BN's running statistics q from the population's p, per channel.
 
-    Paper silent on how p is taken: here mean and variance of all inputs of the layer over all batches,
-    while BN normalises by the batch, as in training. So a layer is charged with its own stale
-    statistics only.
+    Paper silent on how p is taken: here mean and variance of all inputs of the layer over all
+    batches, while BN normalises by the batch, as in training. So a layer is charged with its own
+    stale statistics only.
 
     Args:
         model: any network with BN; it is left as it was.
@@ -500,7 +505,7 @@ def bn_kl_divergence(model: nn.Module, batches: Iterable) -> dict[str, Tensor]:
     sums = {bn: torch.zeros(3, bn.num_features, dtype=torch.float64) for bn in bns.values()}
 
     def record(bn, args):
-        x = args[0].detach().double().transpose(0, 1).flatten(1).cpu()  # (channels, everything else)
+        x = args[0].detach().double().transpose(0, 1).flatten(1).cpu()  # (channels, all else)
         count = torch.full_like(x[:, 0], x.shape[1])
         sums[bn] += torch.stack([count, x.sum(1), x.square().sum(1)])
 
@@ -522,9 +527,9 @@ def _normal_kl(count: Tensor, total: Tensor, squares: Tensor, bn: nn.Module) -> 
     # Deviation: bn.eps in both variances, as BN normalises with it; a dead channel is not infinite.
     var_p = squares / count - mean_p.square() + bn.eps
     var_q = bn.running_var.double().cpu() + bn.eps
-    # D(p, q) = log(sigma_q / sigma_p) + (sigma_p^2 + (mu_p - mu_q)^2) / (2 sigma_q^2) - 1/2   Table 1
-    divergence = (var_q / var_p).log() / 2 + (var_p + (mean_p - mean_q).square()) / (2 * var_q) - 0.5
-    return divergence.float()
+    # D(p, q) = log(sigma_q / sigma_p) + (sigma_p^2 + (mu_p - mu_q)^2) / (2 sigma_q^2) - 1/2 Table 1
+    quotient = (var_p + (mean_p - mean_q).square()) / (2 * var_q)
+    return ((var_q / var_p).log() / 2 + quotient - 0.5).float()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -554,7 +559,7 @@ class OscillationTracker:
         self.layers, self.momentum = quant_layers(model, max_bits), momentum
         self.w_int = self._gather(layer.weight_int() for layer in self.layers.values())
         self.ema_int = self.w_int.clone()
-        self.last_change = torch.zeros_like(self.w_int)  # previous change of the integer; 0 = none yet
+        self.last_change = torch.zeros_like(self.w_int)  # the integer's previous change; 0 = none
         self.f = torch.zeros_like(self.w_int)
 
     @torch.no_grad()
@@ -595,8 +600,9 @@ class OscillationTracker:
         return torch.cat(parts) if parts else torch.zeros(0)
 
     def _split(self, flat: Tensor) -> list[Tensor]:
-        shapes = [layer.weight.shape for layer in self.layers.values()]
-        return [part.view(shape) for part, shape in zip(flat.split([s.numel() for s in shapes]), shapes)]
+        weights = [layer.weight for layer in self.layers.values()]
+        parts = flat.split([weight.numel() for weight in weights])
+        return [part.view(weight.shape) for part, weight in zip(parts, weights)]
 
     def _by_name(self, flat: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.layers, self._split(flat.clone())))
@@ -635,13 +641,14 @@ class OscillationTracker:
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of all that the model's own state lacks; that has masks and frozen integers."""
-        return {name: getattr(self, name).clone() for name in ("w_int", "ema_int", "last_change", "f")}
+        names = ("w_int", "ema_int", "last_change", "f")
+        return {name: getattr(self, name).clone() for name in names}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raises ValueError for a state of other layers."""
         for name, tensor in self.state_dict().items():
             if name not in state or state[name].shape != tensor.shape:
-                raise ValueError("tracker state does not fit: it was saved for other layers or bits")
+                raise ValueError("tracker state does not fit: saved for other layers or bits")
             getattr(self, name).copy_(state[name])
 
 
@@ -729,8 +736,8 @@ def optimize_oscillating_weights(model: nn.Module, tracker: OscillationTracker, 
 
     Each choice between two integers is relaxed to h in 0..1 (Nagel et al. 2020) and descends the
     task loss plus a regulariser that drives h to 0 or 1; all else is constant. h enters through the
-    layers' frozen integers. Paper silent on learning rate and weight of the regulariser, here a mean
-    over the choices.
+    layers' frozen integers. Paper silent on learning rate and weight of the regulariser, here a
+    mean over the choices.
 
     Args:
         model, tracker, threshold: as for sample_oscillating_weights.
@@ -742,7 +749,8 @@ def optimize_oscillating_weights(model: nn.Module, tracker: OscillationTracker, 
         The number of weights chosen.
     """
     ema = tracker.mean_integers()
-    masks = {name: mask for name, mask in tracker.oscillating_masks(threshold).items() if mask.any()}
+    masks = tracker.oscillating_masks(threshold)
+    masks = {name: mask for name, mask in masks.items() if mask.any()}
     lower = {name: ema[name].floor() for name in masks}
     shares = [(ema[name] - lower[name])[mask] for name, mask in masks.items()]
     share = torch.cat(shares or [torch.zeros(0)])

