@@ -115,7 +115,7 @@ class FakeQuantize(torch.autograd.Function):
         # dw_hat/ds = round(w/s) - w/s inside the grid, n or p where clipped                   LSQ
         # Summed, <g, w_hat - w 1[inside]> / s: inner products of tensors that are here anyway.
         # Deviation: without LSQ's optional factor 1/sqrt(numel * p), as in the released code.
-        if scale.numel() == 1:
+        if scale.numel() == 1 and not torch.compiler.is_compiling():  # compiled, it fuses anyway
             g_scale = ((inner(g, x_hat) - inner(g_inside, x)) / scale).view(scale.shape)
         else:
             g_scale = (g * x_hat - g_inside * x).sum_to_size(scale.shape) / scale
@@ -182,15 +182,22 @@ class Quantizer(nn.Module):
     def int_max(self) -> int:
         return self.int_min + 2**self.bits - 1
 
-    def usable_scale(self, dim: int) -> Tensor:
-        """The scale, > 0 and finite, shaped to broadcast over a tensor with `dim` dimensions.
+    def repair(self) -> None:
+        """Makes the scale positive and finite, in place, whatever an optimizer step did to it.
 
-        An optimizer step can carry it across zero, or to NaN. Every use repairs it in place
-        (reflected; NaN and infinity go to the floor) rather than clamp it in the graph: clamp
+        Reflected, and to the floor from NaN or infinity, rather than clamped in the graph: clamp
         passes no gradient below its bound, so the scale would stick there. `.data`, since autograd
-        must not take the repair for a change between forward and backward.
+        must not take a repair for a change between forward and backward.
         """
         self.scale.data.abs_().nan_to_num_(nan=MIN_SCALE, posinf=MIN_SCALE).clamp_(min=MIN_SCALE)
+
+    def usable_scale(self, dim: int) -> Tensor:
+        """The scale, repaired, in a shape that broadcasts over a tensor with `dim` dimensions.
+
+        A compiled graph cannot repair in place: under torch.compile call `repair` after each step.
+        """
+        if not torch.compiler.is_compiling():
+            self.repair()
         return self.scale.view(-1, *[1] * (dim - 1)) if self.per_channel else self.scale
 
     def to_int(self, x: Tensor) -> Tensor:

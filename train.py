@@ -182,7 +182,7 @@ def read_file(path: str | Path, flag: str) -> dict:
 def read_weights(path: str) -> tuple[dict[str, Tensor], dict]:
     """State dict (with EfficientNet's names mapped to ours) and what is known of its network."""
     content = read_file(path, "--weights")
-    network = content.get("network", {})
+    network = content["network"] if isinstance(content.get("network"), dict) else {}
     if "bits" in network:
         raise UserError(f"--weights {path}: holds a quantized network; float weights are needed "
                         "here (--evaluate and --resume read quantized ones)")
@@ -555,7 +555,8 @@ class Run:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = args.dropout
-        scales = [module.scale for module in model.modules() if isinstance(module, Quantizer)]
+        self.quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
+        scales = [quantizer.scale for quantizer in self.quantizers]
         ids = set(map(id, scales))
         weights = [parameter for parameter in model.parameters() if id(parameter) not in ids]
         sgd = torch.optim.SGD(weights, args.lr, momentum=0.9, weight_decay=args.weight_decay)
@@ -654,6 +655,9 @@ class Run:
         self.optimizers[0].param_groups[0]["lr"] = lr
         for optimizer in self.optimizers:
             optimizer.step()
+        if args.compile:  # which cannot do it in the forward pass
+            for quantizer in self.quantizers:
+                quantizer.repair()
         self.tracker.step(freeze_threshold)
         if args.trace:
             layer = self.tracker.layers[args.trace]
@@ -819,6 +823,12 @@ def read_checkpoint(path: str | Path, flag: str, args: argparse.Namespace | None
     return content
 
 
+def barrier() -> None:
+    """Waits for all processes: what one has written, another is about to read."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def float_weights(args: argparse.Namespace) -> str | None:
     """Where the run's float weights come from; the embedded data set's are trained first, once."""
     if args.weights or args.method == "fp32":
@@ -834,6 +844,7 @@ def float_weights(args: argparse.Namespace) -> str | None:
         tqdm.write("float weights first, kept for later runs: "
                    f"train.py {' '.join(command)} --output {fp32.output}")
         train(fp32)
+        barrier()
     return str(Path(fp32.output, "last.pt"))
 
 
@@ -844,12 +855,13 @@ def train(args: argparse.Namespace) -> dict:
     if not args.resume and last.exists() and not summary.exists():
         raise UserError(f"--output {output}: holds an unfinished run; add --resume to go on with "
                         "it, or choose another folder")
+    barrier()
     make_output(output)
-    summary.unlink(missing_ok=True)
     handlers = {number: signal.signal(number, lambda number, _: setattr(run, "stopped", number))
                 for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         run.start()
+        summary.unlink(missing_ok=True)  # from here on the folder is an unfinished run
         return run.fit()
     except KeyboardInterrupt:
         raise UserError(f"stopped by a signal at step {run.step} of {run.total}; the same command "
@@ -976,7 +988,7 @@ def table3(runs: list, names: list[str], args: argparse.Namespace) -> None:
         run.model.load_state_dict(content["model"])
     print_scores(f"stochastic rounding, mean of {args.samples}", samples)
     print_scores("stochastic rounding, best", [min(samples)])
-    batches = (batch for epoch in count(2) for batch in run.data.train(-epoch))
+    batches = (batch for epoch in count(3) for batch in run.data.train(-epoch))
     chosen = optimize_oscillating_weights(run.model, run.tracker, batches, args.choice_steps)
     print_scores(f"AdaRound, {chosen} weights, {args.choice_steps} steps", [run.score()])
     for name, (other, _) in list(zip(names, runs))[1:]:
@@ -1208,7 +1220,13 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(description=__doc__.split("\n\n")[0],
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, rate, share = p.add_argument, number(float, 1e-9, 100), number(float, 0, 1)
-    by_recipe = "(default: of the recipe)"
+
+    def by_recipe(flag: str, kind, text: str) -> None:
+        name = flag[2:].replace("-", "_")
+        imagenet = IMAGENET.get(name, "by model, method and bits")
+        add(flag, type=kind, default=argparse.SUPPRESS,
+            help=f"{text} (default: {EMBEDDED[name]} embedded, {imagenet} with --data; fp32 differs)")
+
     add("--method", choices=("fp32", "lsq", "dampen", "freeze"), default="freeze",
         help="float, plain QAT, or a cure")
     add("--bits", type=number(int, 2, 8), default=4, help="bits of weights and inputs")
@@ -1218,24 +1236,23 @@ def parser() -> argparse.ArgumentParser:
     add("--data", metavar="DIR", help="pictures in ImageNet layout; None = embedded data set")
     add("--weights", metavar="DEFAULT|FILE", help="float weights to start from; None = trained "
         "first on the embedded data set, torchvision's with --data, random with --method fp32")
-    add("--image-size", type=number(int, 16, 2048), help=f"pixels {by_recipe}")
-    add("--width", type=number(float, 0.05, 4), help=f"MobileNetV2's width multiplier {by_recipe}")
-    add("--dropout", type=share, help=f"before the classifier {by_recipe}")
+    by_recipe("--image-size", number(int, 16, 2048), "pixels")
+    by_recipe("--width", number(float, 0.05, 4), "MobileNetV2's width multiplier")
+    by_recipe("--dropout", share, "before the classifier")
     add("--estimator", choices=tuple(ESTIMATORS), default="ste", help="gradient through rounding")
     add("--per-channel", action="store_true", help="a weight scale per output channel")
-    add("--epochs", type=number(int, 0, 10000), help=f"0 = only evaluate {by_recipe}")
-    add("--batch-size", type=number(int, 2, 65536), help=f"images a step and process {by_recipe}")
-    add("--lr", type=rate, help=f"learning rate of the weights {by_recipe}")
-    add("--lr-floor", type=share, help=f"share of --lr at which its cosine ends {by_recipe}")
-    add("--scale-lr", type=rate, help=f"Adam's learning rate of the scales {by_recipe}")
-    add("--weight-decay", type=share, help=f"of the weights {by_recipe}")
-    add("--bn-momentum", type=share, help=f"momentum of BN's running statistics {by_recipe}")
+    by_recipe("--epochs", number(int, 0, 10000), "0 = only evaluate")
+    by_recipe("--batch-size", number(int, 2, 65536), "images a step and process")
+    by_recipe("--lr", rate, "learning rate of the weights")
+    by_recipe("--lr-floor", share, "share of --lr at which its cosine ends")
+    by_recipe("--scale-lr", rate, "Adam's learning rate of the scales")
+    by_recipe("--weight-decay", share, "of the weights")
+    by_recipe("--bn-momentum", share, "momentum of BN's running statistics")
     add("--bn-batches", type=number(int, 1, 10000), default=50, help="batches for re-estimation")
-    add("--osc-momentum", type=number(float, 1e-6, 1), help=f"m of Eq. 4 {by_recipe}")
+    by_recipe("--osc-momentum", number(float, 1e-6, 1), "m of Eq. 4")
     for name, meaning in (("freeze", "f_th of --method freeze"), ("lambda", "dampening's weight")):
         for end in ("start", "end"):
-            add(f"--{name}-{end}", type=number(float, 0, 1e6),
-                help=f"{meaning} at the {end} {by_recipe}")
+            by_recipe(f"--{name}-{end}", number(float, 0, 1e6), f"{meaning} at the {end}")
     add("--dampening", choices=("kernel_mean", "sum"), default="kernel_mean", help="its reduction")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of all but the embedded patterns")
     mode_flags(add)
@@ -1277,7 +1294,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser().parse_args(argv)
     args.act_bits = getattr(args, "act_bits", args.bits)
     for name, value in recipe(args).items():
-        if getattr(args, name) is None:
+        if not hasattr(args, name):
             setattr(args, name, value)
     bits = "" if args.method == "fp32" else f"-w{args.bits}a{args.act_bits}"
     width = f"-x{args.width:g}" if args.model == "mobilenet_v2" else ""
