@@ -537,6 +537,7 @@ class Run:
             self.fp32_top1 = self.accuracy()
             self.quantize()
         self.prepare()
+        self.begun = time.perf_counter()  # the float network's own training is not counted
 
     def quantize(self) -> None:
         """Quantizes the network as the flags say, input scales from four training batches."""
@@ -1038,7 +1039,7 @@ def print_histogram(title: str, values: list[Tensor], names: list[str], low: flo
     shares = torch.stack([torch.histc(v.float(), bins, low, high) / len(v) for v in values])
     for k in range(bins):
         center = low + (k + 0.5) * (high - low) / bins
-        bars = ["#" * round(float((width - 8) * share[k] / shares.max())) for share in shares]
+        bars = ["#" * round(float((width - 8) * share[k] / share.max())) for share in shares]
         print(f"{center:>{max(len(title), 10)}.2f} " + "".join(
             f"{bar + f' {share[k]:.1%}':<{width}}" for bar, share in zip(bars, shares)))
 
@@ -1067,9 +1068,13 @@ def plot_figures(path: str, layer: str, names: list[str], latent: list, gaps: li
         if trace:
             row[2].plot(trace["w_int"].numpy(), linewidth=0.7)
             row[2].set(title=f"{trace['layer']}, first channel", xlabel="iteration", ylabel="w_int")
-            row[3].plot(trace["u"].numpy(), linewidth=0.7)
-            row[3].axhline(0.5, color="black", linestyle=":")
-            row[3].set(ylim=(0.2, 0.8), xlabel="iteration", ylabel="w / s at the 0/1 threshold")
+            w_int, u = trace["w_int"], trace["u"]
+            busiest = (w_int.diff(dim=0) != 0).sum(0).argmax()
+            threshold = w_int[:, busiest].mean().floor().item() + 0.5  # between its two states
+            row[3].plot(u[:, busiest].numpy(), linewidth=0.7)
+            row[3].axhline(threshold, color="black", linestyle=":")
+            row[3].set(ylim=(threshold - 0.5, threshold + 0.5), xlabel="iteration",
+                       title="the weight that changes most", ylabel="w / s, threshold dotted")
     figure.tight_layout()
     try:
         figure.savefig(path)
