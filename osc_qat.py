@@ -333,9 +333,10 @@ def quantize_model(model: nn.Module, weight_bits: int, act_bits: int | None = No
                    estimator: str = "ste") -> nn.Module:
     """Swaps every Conv2d and Linear of a classifier for its quantized layer, in place.
 
-    The weights of the first and the last layer get `first_last_bits`. The image itself is not
-    quantized; the inputs of all other layers are, squeeze-excite layers included. Weights keep
-    their values; their scales are MSE-initialised. Input scales are 1 until `calibrate` sets them.
+    The weights of the first and the last layer get `first_last_bits`. The inputs of all layers are
+    quantized, squeeze-excite layers included, but for the first: Deviation: the image stays as it
+    is, which has 8 bits already. Weights keep their values; their scales are MSE-initialised. Input
+    scales are 1 until `calibrate` sets them.
 
     Args:
         model: any network whose first and last Conv2d or Linear, in module order, are its first and

@@ -859,7 +859,7 @@ def test_weights_that_do_not_fit_are_told_in_one_line_and_never_executed(tmp_pat
     monkeypatch.chdir(tmp_path)
     good = train.build_model("mobilenet_v2", 5, width=0.1).state_dict()
     bad = dict(good, **{"features.0.0.weight": good["features.0.0.weight"] * math.nan})
-    files = {"empty": b"", "noise": b"no weights at all", "pickle": pickle.dumps(Evil())}
+    files = {"empty": b"", "noise": b"no weights at all", "pickle": pickle.dumps(Evil(), 2)}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     torch.save(good, tmp_path / "good")
@@ -955,12 +955,13 @@ def test_a_run_writes_log_checkpoints_and_summary(method, pictures, fp32, tmp_pa
         scores = json.loads(capsys.readouterr().out.splitlines()[0])
         assert scores["post_bn_top1"] == summary["post_bn_top1"]
     assert (tmp_path / "small.pt").stat().st_size < (tmp_path / "last.pt").stat().st_size / 4
-    analysis = ["--analyze", tmp_path / "last.pt", tmp_path / "best.pt", "--data", pictures,
-                "--samples", 2, "--choice-steps", 3, "--workers", 0, "--bn-batches", 4]
-    assert train.main([str(part) for part in analysis]) == 0
-    printed = capsys.readouterr().out
-    for words in ("Table 1", "Table 3", "Figure 2", "Figures 3 and 4", "AdaRound"):
-        assert words in printed
+    if method == "lsq":
+        analysis = ["--analyze", tmp_path / "last.pt", tmp_path / "best.pt", "--data", pictures,
+                    "--samples", 2, "--choice-steps", 3, "--workers", 0, "--bn-batches", 4]
+        assert train.main([str(part) for part in analysis]) == 0
+        printed = capsys.readouterr().out
+        for words in ("Table 1", "Table 3", "Figure 2", "Figures 3 and 4", "AdaRound"):
+            assert words in printed
     assert train.main(["--summarize", str(tmp_path), str(fp32)]) == 0
     assert f"| {method} | 3/3 |" in capsys.readouterr().out
 

@@ -188,7 +188,7 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], dict]:
                         "here (--evaluate and --resume read quantized ones)")
     nested = (content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict))
     state = next(nested, content)
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    state = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise UserError(f"--weights {path}: entry {name!r} is no tensor; expected a state dict")
@@ -436,12 +436,19 @@ class Folder:
     def _load(self, part: str, batches: list[list[int]]):
         loader = torch.utils.data.DataLoader(
             self.sets[part], batch_sampler=batches, collate_fn=collate, num_workers=self.workers,
-            pin_memory=torch.cuda.is_available())
+            pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals)
         for images, labels, unreadable in loader:
             for path in set(unreadable) - self.unreadable:
                 self.unreadable.add(path)
                 tqdm.write(f"skipped: {path} is no readable image ({len(self.unreadable)} so far)",
                            sys.stderr)
+            if part == "train" and unreadable:  # steps and BN rely on the size of a batch: fill up
+                if not len(labels):
+                    raise UserError(f"--data: no readable image in a whole batch, {unreadable[0]} "
+                                    "among them; remove them")
+                again = torch.arange(len(unreadable)) % len(labels)
+                images = torch.cat([images, images[again]])
+                labels = torch.cat([labels, labels[again]])
             if len(labels):
                 yield images, labels
 
@@ -461,7 +468,7 @@ class Folder:
 # --------------------------------------------------------------------------------------------------
 
 VERSION = 1  # of the checkpoint's layout
-FREE = ("output", "resume", "workers", "device", "checkpoint_every", "data", "weights", "evaluate",
+FREE = ("output", "resume", "workers", "device", "checkpoint_every", "data", "width", "evaluate",
         "analyze", "samples", "choice_steps", "plot", "summarize", "benchmark", "rounds",
         "export")  # may differ on --resume
 
@@ -491,10 +498,18 @@ def save_atomically(content, path: Path, write, flag: str = "--output") -> None:
         raise UserError(f"{flag} {path}: cannot be written ({brief(error)})") from None
 
 
+def ignore_signals(worker: int) -> None:
+    """For the loading processes: the main one decides what a signal means."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def usable_device(name: str) -> torch.device:
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+        torch.zeros(1, device=name).cpu()
+        with torch.autocast(torch.device(name).type, enabled=False):
+            return torch.device(name)
+    except Exception as error:  # whatever the backend raises
         raise UserError(f"--device {name}: cannot be used ({brief(error)})") from None
 
 
@@ -519,24 +534,36 @@ class Run:
         if self.ranks[0] == 0:
             tqdm.write(text)
 
+    def facts(self) -> dict:
+        """What a resumed run must find again besides its flags."""
+        return {"steps": self.data.steps, "processes": self.ranks[1],
+                "classes": self.data.num_classes}
+
     # --- set-up -----------------------------------------------------------------------------------
 
     def start(self) -> None:
         """The float network, its score, quantization and calibration; or what last.pt holds."""
         args, path = self.args, self.output / "last.pt"
         if args.resume and path.exists():
-            self.open(read_checkpoint(path, "--resume", args))
+            content = read_checkpoint(path, "--resume", args)
+            if content["data"] != self.facts():
+                raise UserError(f"--resume {path}: data or processes differ: {content['data']} "
+                                f"there, {self.facts()} here")
+            self.open(content)
             return self.say(f"resumed at step {self.step} of {self.total}")
         torch.manual_seed(seed_of(args.seed))
         weights = float_weights(args)
         self.say(f"{args.model}, {weights or 'random'} weights")
         model = build_model(args.model, self.data.num_classes, weights, args.width)
+        args.width = model.network["width"]  # a checkpoint's own
         self.data.preprocess(**INPUTS[model.network["layout"]])
         self.model = model.to(**self.place)
         if args.method != "fp32":
             self.fp32_top1 = self.accuracy()
             self.quantize()
         self.prepare()
+        if args.method in ("dampen", "freeze") and not self.tracker.layers:
+            self.say(f"no weights of 4 bits or fewer: --method {args.method} does what lsq does")
         self.begun = time.perf_counter()  # the float network's own training is not counted
 
     def quantize(self) -> None:
@@ -722,10 +749,10 @@ class Run:
             self.finish_epoch(epoch + 1)
             better = self.rows[-1]["post_bn_top1"] > self.best
             self.best = max(self.best, self.rows[-1]["post_bn_top1"])
-            self.save(*["last.pt", "best.pt"][: 1 + better])
+            self.save(*["best.pt", "last.pt"][not better:])
         if not self.rows:
             self.finish_epoch(0)
-            self.save("last.pt", "best.pt")
+            self.save("best.pt", "last.pt")
         return self.finish()
 
     def finish(self) -> dict:
@@ -768,7 +795,8 @@ class Run:
         if self.ranks[0]:
             return
         content = {
-            "version": VERSION, "network": self.model.network, "arguments": vars(self.args),
+            "version": VERSION, "arguments": vars(self.args), "data": self.facts(),
+            "network": self.model.network,
             "model": self.model.state_dict(), "reestimated_bn": self.reestimated,
             "tracker": self.tracker.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -807,11 +835,13 @@ def make_output(path: str) -> Path:
 def read_checkpoint(path: str | Path, flag: str, args: argparse.Namespace | None = None) -> dict:
     """A checkpoint of ours; with `args`, one that the same command wrote."""
     content = read_file(path, flag)
-    if "network" not in content or "version" not in content:
+    if "version" not in content:
         raise UserError(f"{flag} {path}: is no checkpoint of train.py")
     if content["version"] > VERSION:
         raise UserError(f"{flag} {path}: was written by a newer train.py "
                         f"(version {content['version']}, this one reads {VERSION})")
+    if not content.keys() >= {"network", "arguments", "reestimated_bn"}:
+        raise UserError(f"{flag} {path}: is no whole checkpoint of train.py")
     if "packed" in content:
         content["model"] = unpack(content)
     if args is not None:
@@ -858,11 +888,19 @@ def train(args: argparse.Namespace) -> dict:
                         "it, or choose another folder")
     barrier()
     make_output(output)
-    handlers = {number: signal.signal(number, lambda number, _: setattr(run, "stopped", number))
-                for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop(number: int, frame) -> None:
+        if run.stopped:  # the second time at once, the first time after the step, with a checkpoint
+            raise KeyboardInterrupt
+        run.stopped = number
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         run.start()
-        summary.unlink(missing_ok=True)  # from here on the folder is an unfinished run
+        if run.ranks[0] == 0:  # from here on the folder is an unfinished run, and this one's
+            for old in ([] if args.resume else [last, output / "best.pt", output / "log.csv"]):
+                old.unlink(missing_ok=True)
+            summary.unlink(missing_ok=True)
         return run.fit()
     except KeyboardInterrupt:
         raise UserError(f"stopped by a signal at step {run.step} of {run.total}; the same command "
@@ -880,7 +918,8 @@ def train(args: argparse.Namespace) -> dict:
 def run_of(path: str, flag: str, args: argparse.Namespace) -> tuple[Run, dict]:
     """The settings of a finished run, on the data of this command line, and its checkpoint."""
     content = read_checkpoint(path, flag)
-    here = {name: getattr(args, name) for name in ("data", "device", "workers", "bn_batches")}
+    here = {name: getattr(args, name) for name in ("device", "workers", "bn_batches")}
+    here["data"] = args.data or content["arguments"]["data"]
     run = Run(argparse.Namespace(**{**content["arguments"], **here, "compile": False}))
     classes = content["network"]["num_classes"]
     if run.data.num_classes != classes:
@@ -894,7 +933,11 @@ def evaluate(args: argparse.Namespace) -> dict:
     run, content = run_of(args.evaluate, "--evaluate", args)
     run.restore(content)
     scores = {"pre_bn_top1": run.accuracy()}
-    run.model.load_state_dict(content["reestimated_bn"], strict=False)
+    rows = content.get("rows", [{"step": None}])  # an export has none, and its statistics are final
+    if not rows or rows[-1]["step"] != content.get("step"):  # saved within an epoch
+        reestimate_bn(run.model, islice(run.data.train(EXTRA), args.bn_batches))
+    else:
+        run.model.load_state_dict(content["reestimated_bn"], strict=False)
     scores["post_bn_top1"] = run.accuracy()
     print(json.dumps(scores))
     if args.export:
@@ -1120,6 +1163,7 @@ def halfway(args: argparse.Namespace, method: str) -> Run:
     run = Run(argparse.Namespace(**{**vars(args), "method": method}))
     torch.manual_seed(args.seed)
     run.model = build_model(args.model, run.data.num_classes, None, args.width).to(**run.place)
+    run.data.preprocess(**INPUTS[None])
     if method != "fp32":
         run.quantize()
     run.prepare()
@@ -1170,8 +1214,9 @@ def summarize(args: argparse.Namespace) -> None:
     for folder in args.summarize:
         try:
             summaries.append(json.loads(Path(folder, "summary.json").read_text()))
-        except (OSError, ValueError) as error:
-            raise UserError(f"--summarize {folder}: no readable summary.json ({error})") from None
+            summaries[-1]["arguments"]["seed"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--summarize {folder}: no summary.json of a run ({error!r})") from None
     shown = (*FREE, "method", "model", "bits", "act_bits", "seed")
     varied = [key for key in summaries[0]["arguments"] if key not in shown
               and len({str(summary["arguments"].get(key)) for summary in summaries}) > 1]
@@ -1230,7 +1275,8 @@ def parser() -> argparse.ArgumentParser:
         name = flag[2:].replace("-", "_")
         imagenet = IMAGENET.get(name, "by model, method and bits")
         add(flag, type=kind, default=argparse.SUPPRESS,
-            help=f"{text} (default: {EMBEDDED[name]} embedded, {imagenet} with --data; fp32 differs)")
+            help=f"{text} (default: {EMBEDDED[name]} embedded, {imagenet} with --data; fp32 "
+            "differs)")
 
     add("--method", choices=("fp32", "lsq", "dampen", "freeze"), default="freeze",
         help="float, plain QAT, or a cure")
@@ -1303,7 +1349,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             setattr(args, name, value)
     bits = "" if args.method == "fp32" else f"-w{args.bits}a{args.act_bits}"
     width = f"-x{args.width:g}" if args.model == "mobilenet_v2" else ""
-    data = Path(args.data).name + "-" if args.data else ""
+    data = Path(args.data).resolve().name + "-" if args.data else ""
+    for flag, mode in (("export", "evaluate"), ("plot", "analyze")):
+        if getattr(args, flag) and not getattr(args, mode):
+            raise UserError(f"--{flag}: goes with --{mode} CHECKPOINT")
     name = f"{data}{args.method}-{args.model}{width}-{args.image_size}px{bits}-seed{args.seed}"
     args.output = getattr(args, "output", str(Path("runs", name)))
     return args
@@ -1320,8 +1369,12 @@ def main(argv: list[str] | None = None) -> int:
         modes = (benchmark, evaluate, analyze, summarize)
         next((mode for mode in modes if getattr(args, mode.__name__)), train)(args)
         return 0
-    except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+    except (UserError, KeyboardInterrupt) as error:
+        print(f"train.py: {str(error) or 'interrupted'}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"train.py: --batch-size or --image-size: too large for {args.device} "
+              f"({brief(error)})", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():
