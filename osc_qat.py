@@ -682,13 +682,15 @@ def dampening_loss(model: nn.Module, reduction: str = "sum", max_bits: int = 4) 
     loss = torch.zeros((), device=next(model.parameters()).device)
     for layer in quant_layers(model, max_bits).values():
         w, quantizer = layer.weight, layer.weight_quantizer
-        scale = quantizer.usable_scale(w.dim()).detach()
-        w_hat = layer.weight_hat().detach()
+        with torch.no_grad():
+            scale = quantizer.usable_scale(w.dim())
+            outside = w.clamp(scale * quantizer.int_min, scale * quantizer.int_max) != w
+            # Deviation: a frozen weight has no part in it, so that its gradient is 0 here as well.
+            centre = torch.where(outside | layer.frozen, w, layer.weight_hat())
         # L_dampen = || w_hat - clip(w, s n, s p) ||_F^2, no gradient through w_hat            Eq. 5
-        clipped = w.clamp(scale * quantizer.int_min, scale * quantizer.int_max)
-        # Deviation: a frozen weight has no part in it, so that its gradient is 0 here as well.
-        gap = torch.where(layer.frozen, 0, w_hat - clipped)
-        loss = loss + gap.square().sum() / (w[0].numel() if reduction == "kernel_mean" else 1)
+        # Outside the grid both terms are the limit: 0, as is the distance of w from itself.
+        gap = F.mse_loss(w, centre, reduction="sum")
+        loss = loss + gap / (w[0].numel() if reduction == "kernel_mean" else 1)
     return loss
 
 

@@ -1293,7 +1293,7 @@ def parser() -> argparse.ArgumentParser:
     add("--estimator", choices=tuple(ESTIMATORS), default="ste", help="gradient through rounding")
     add("--per-channel", action="store_true", help="a weight scale per output channel")
     by_recipe("--epochs", number(int, 0, 10000), "0 = only evaluate")
-    by_recipe("--batch-size", number(int, 2, 65536), "images a step and process")
+    by_recipe("--batch-size", number(int, 1, 65536), "images a step and process")
     by_recipe("--lr", rate, "learning rate of the weights")
     by_recipe("--lr-floor", share, "share of --lr at which its cosine ends")
     by_recipe("--scale-lr", rate, "Adam's learning rate of the scales")
@@ -1349,6 +1349,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             setattr(args, name, value)
     bits = "" if args.method == "fp32" else f"-w{args.bits}a{args.act_bits}"
     width = f"-x{args.width:g}" if args.model == "mobilenet_v2" else ""
+    if args.batch_size == 1 and not args.benchmark:
+        raise UserError("--batch-size 1: batch norm needs at least 2 images a step")
     data = Path(args.data).resolve().name + "-" if args.data else ""
     for flag, mode in (("export", "evaluate"), ("plot", "analyze")):
         if getattr(args, flag) and not getattr(args, mode):
