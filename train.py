@@ -289,6 +289,7 @@ def seed_of(*parts: int) -> int:
 
 
 def generator(*parts: int) -> torch.Generator:
+    """Random numbers that depend on these numbers only."""
     return torch.Generator().manual_seed(seed_of(*parts))
 
 
@@ -505,6 +506,7 @@ def ignore_signals(worker: int) -> None:
 
 
 def usable_device(name: str) -> torch.device:
+    """The device, tried out; UserError where it cannot compute."""
     try:
         torch.zeros(1, device=name).cpu()
         with torch.autocast(torch.device(name).type, enabled=False):
@@ -812,6 +814,7 @@ class Run:
 
 
 def write_csv(rows: list[dict], file) -> None:
+    """Rows with a header into a binary file."""
     text = io.TextIOWrapper(file, newline="", write_through=True)
     writer = csv.DictWriter(text, rows[0])
     writer.writeheader()
@@ -820,6 +823,7 @@ def write_csv(rows: list[dict], file) -> None:
 
 
 def write_json(content, file) -> None:
+    """Plain values into a binary file."""
     file.write(json.dumps(content, indent=1).encode())
 
 
