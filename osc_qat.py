@@ -665,6 +665,21 @@ class OscillationTracker:
 # --------------------------------------------------------------------------------------------------
 
 
+class SquaredNorm(torch.autograd.Function):
+    """L_dampen = || w_hat - clip(w, s n, s p) ||_F^2, no gradient through w_hat             Eq. 5"""
+
+    @staticmethod
+    def forward(ctx, w, gap):
+        ctx.save_for_backward(gap)
+        return inner(gap, gap)
+
+    @staticmethod
+    def backward(ctx, g):
+        # dL_dampen/dw = 2 (w - w_hat) 1[s n <= w <= s p]
+        gap, = ctx.saved_tensors
+        return 2 * g * gap, None
+
+
 def dampening_loss(model: nn.Module, reduction: str = "sum", max_bits: int = 4) -> Tensor:
     """Eq. 5 over the layers with at most `max_bits` weight bits: a scalar with gradient to w.
 
@@ -684,13 +699,13 @@ def dampening_loss(model: nn.Module, reduction: str = "sum", max_bits: int = 4) 
         w, quantizer = layer.weight, layer.weight_quantizer
         with torch.no_grad():
             scale = quantizer.usable_scale(w.dim())
-            outside = w.clamp(scale * quantizer.int_min, scale * quantizer.int_max) != w
+            # Outside the grid both terms of Eq. 5 are its limit: gap and gradient are 0.
+            gap = w.clamp(scale * quantizer.int_min, scale * quantizer.int_max)
+            gap.sub_(quantizer(w))
             # Deviation: a frozen weight has no part in it, so that its gradient is 0 here as well.
-            centre = torch.where(outside | layer.frozen, w, layer.weight_hat())
-        # L_dampen = || w_hat - clip(w, s n, s p) ||_F^2, no gradient through w_hat            Eq. 5
-        # Outside the grid both terms are the limit: 0, as is the distance of w from itself.
-        gap = F.mse_loss(w, centre, reduction="sum")
-        loss = loss + gap / (w[0].numel() if reduction == "kernel_mean" else 1)
+            gap.masked_fill_(layer.frozen, 0)
+        norm = SquaredNorm.apply(w, gap)
+        loss = loss + norm / (w[0].numel() if reduction == "kernel_mean" else 1)
     return loss
 
 

@@ -75,7 +75,7 @@ def recipe(args: argparse.Namespace) -> dict:
         return dict(IMAGENET, lr=0.01, weight_decay=2.5e-5, epochs=1, lambda_end=0.1,
                     freeze_end=0.011)
     if args.method == "fp32":
-        embedded = dict(EMBEDDED, batch_size=64, epochs=10)
+        embedded = dict(EMBEDDED, batch_size=64, epochs=10, lr=0.05)
         common = embedded if args.data is None else dict(IMAGENET, epochs=90, lr=0.1)
         return dict(common, lr_floor=0.0, weight_decay=4e-5, bn_momentum=0.1)
     if args.data is None:
@@ -474,15 +474,18 @@ FREE = ("output", "resume", "workers", "device", "checkpoint_every", "data", "wi
         "export")  # may differ on --resume
 
 
+def over_ranks(tensor: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def bn_state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the running statistics of all BN layers, averaged over the processes."""
-    state = {f"{name}.{key}": getattr(bn, key).clone()
-             for name, bn in batch_norms(model).items() for key in ("running_mean", "running_var")}
-    if dist.is_initialized():
-        for tensor in state.values():
-            dist.all_reduce(tensor)
-            tensor /= dist.get_world_size()
-    return state
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    return {f"{name}.{key}": over_ranks(getattr(bn, key) / world)
+            for name, bn in batch_norms(model).items() for key in ("running_mean", "running_var")}
 
 
 def save_atomically(content, path: Path, write, flag: str = "--output") -> None:
@@ -508,9 +511,11 @@ def ignore_signals(worker: int) -> None:
 def usable_device(name: str) -> torch.device:
     """The device, tried out; UserError where it cannot compute."""
     try:
-        torch.zeros(1, device=name).cpu()
-        with torch.autocast(torch.device(name).type, enabled=False):
-            return torch.device(name)
+        device = torch.zeros(1, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        with torch.autocast(device.type, enabled=False):
+            return device
     except Exception as error:  # whatever the backend raises
         raise UserError(f"--device {name}: cannot be used ({brief(error)})") from None
 
@@ -574,7 +579,8 @@ class Run:
         act_bits = None if args.act_bits == 32 else args.act_bits
         options = dict(per_channel=args.per_channel, estimator=args.estimator)
         quantize_model(self.model, args.bits, act_bits, **options)
-        calibrate(self.model, islice(self.data.train(EXTRA), 4))
+        with self.autocast():
+            calibrate(self.model, islice(self.data.train(EXTRA), 4))
         self.model.network = dict(self.model.network, bits=args.bits, act_bits=act_bits, **options)
 
     def prepare(self) -> None:
@@ -597,7 +603,8 @@ class Run:
                             + (", ".join(self.tracker.layers) or "none"))
         self.net = model
         if dist.is_initialized():
-            self.net = nn.parallel.DistributedDataParallel(model)
+            # The ranks' BN statistics are averaged where they are used; trackers need no word.
+            self.net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         if args.compile:
             self.net = torch.compile(self.net)
 
@@ -629,21 +636,27 @@ class Run:
         self.model.eval()
         quiet = self.ranks[0] > 0 or None  # None: where there is no terminal
         for images, labels in tqdm(self.data.val(), "validate", leave=False, disable=quiet):
+            if self.stopped:
+                raise KeyboardInterrupt
             correct = self.forward(self.model, images).argmax(1).cpu() == labels
             right += torch.tensor([correct.sum(), len(labels)], device=self.device)
-        if dist.is_initialized():
-            dist.all_reduce(right)
+        over_ranks(right)
         return 100 * (right[0] / right[1]).item() if right[1] else math.nan
 
     @torch.no_grad()
     def score(self) -> tuple[float, float]:
         """Train loss and top-1 with BN re-estimated, which the network keeps (Table 3)."""
         batches = self.args.bn_batches
-        reestimate_bn(self.model, islice(self.data.train(EXTRA), batches))
+        self.reestimate()
         self.model.eval()
         losses = [F.cross_entropy(self.forward(self.model, images).cpu().float(), labels).item()
                   for images, labels in islice(self.data.train(EXTRA - 1), batches)]
         return sum(losses) / len(losses), self.accuracy()
+
+    def reestimate(self) -> None:
+        """BN statistics from --bn-batches training batches, which the network keeps."""
+        with self.autocast():
+            reestimate_bn(self.model, islice(self.data.train(EXTRA), self.args.bn_batches))
 
     def autocast(self) -> torch.autocast:
         """bfloat16 where --amp asks for it."""
@@ -679,8 +692,9 @@ class Run:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss.backward()
-        if not math.isfinite(loss.item()):  # before the step: the weights are still good
-            raise UserError(f"loss became {loss.item()} at step {self.step + 1} of {self.total}; "
+        value = over_ranks(task_loss.detach() / self.ranks[1]).item()  # all of them stop, or none
+        if not math.isfinite(value):  # before the step: the weights are still good
+            raise UserError(f"loss became {value} at step {self.step + 1} of {self.total}; "
                             "last.pt keeps the last checkpoint; try a smaller --lr")
         self.optimizers[0].param_groups[0]["lr"] = lr
         for optimizer in self.optimizers:
@@ -694,7 +708,7 @@ class Run:
             u = layer.weight[:1] / layer.weight_quantizer.usable_scale(layer.weight.dim())[:1]
             self.trace.append(torch.stack([layer.weight_int()[0], u[0]]).detach().cpu().flatten(1))
         self.step += 1
-        return task_loss.item()
+        return value
 
     def train_epoch(self, epoch: int) -> None:
         """One epoch, from wherever in it self.step stands."""
@@ -726,8 +740,7 @@ class Run:
         own = bn_state(self.model)
         self.model.load_state_dict(own, strict=False)
         pre = self.accuracy()
-        with self.autocast():
-            reestimate_bn(self.model, islice(self.data.train(EXTRA), self.args.bn_batches))
+        self.reestimate()
         self.reestimated = bn_state(self.model)
         post = self.accuracy()
         self.model.load_state_dict(own, strict=False)
@@ -748,6 +761,7 @@ class Run:
         """Trains to the end, from wherever the run stands; returns the summary."""
         for epoch in range(len(self.rows), self.args.epochs):
             self.train_epoch(epoch)
+            self.save("last.pt")  # whole before validation, which may be cut short
             self.finish_epoch(epoch + 1)
             better = self.rows[-1]["post_bn_top1"] > self.best
             self.best = max(self.best, self.rows[-1]["post_bn_top1"])
@@ -784,16 +798,17 @@ class Run:
 
     def must_stop(self) -> bool:
         """Whether a signal reached any of the processes."""
-        if dist.is_initialized():
-            flag = torch.tensor(float(self.stopped), device=self.device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.stopped = int(flag.item())
-        return bool(self.stopped)
+        return over_ranks(torch.tensor(float(self.stopped), device=self.device)).item() > 0
 
     def save(self, *names: str) -> None:
         """Everything a resumed run needs; all processes call it, the first one writes."""
         own = bn_state(self.model)
         self.model.load_state_dict(own, strict=False)
+        for name, tensor in self.model.state_dict().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise UserError(f"{name} became NaN or infinite before step {self.step + 1} of "
+                                f"{self.total}; last.pt keeps the last checkpoint; try a smaller "
+                                "--lr")
         if self.ranks[0]:
             return
         content = {
@@ -939,7 +954,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     scores = {"pre_bn_top1": run.accuracy()}
     rows = content.get("rows", [{"step": None}])  # an export has none, and its statistics are final
     if not rows or rows[-1]["step"] != content.get("step"):  # saved within an epoch
-        reestimate_bn(run.model, islice(run.data.train(EXTRA), args.bn_batches))
+        run.reestimate()
     else:
         run.model.load_state_dict(content["reestimated_bn"], strict=False)
     scores["post_bn_top1"] = run.accuracy()
@@ -1012,7 +1027,9 @@ def table1(run: Run) -> None:
             kind = "depthwise" if module.groups > 1 else \
                 "pointwise" if module.kernel_size == (1, 1) else "full"
         kinds[name] = kind  # of the convolution before it
-    divergence = bn_kl_divergence(run.model, islice(run.data.train(EXTRA), run.args.bn_batches))
+    with run.autocast():
+        batches = islice(run.data.train(EXTRA), run.args.bn_batches)
+        divergence = bn_kl_divergence(run.model, batches)
     print("\nTable 1: KL divergence of BN statistics\n"
           f"{'layer':<28}{'convolution':<13}{'max D':>10}{'mean D':>10}")
     for kind in ("depthwise", "pointwise", "full"):
@@ -1037,7 +1054,8 @@ def table3(runs: list, names: list[str], args: argparse.Namespace) -> None:
     print_scores(f"stochastic rounding, mean of {args.samples}", samples)
     print_scores("stochastic rounding, best", [min(samples)])
     batches = (batch for epoch in count(3) for batch in run.data.train(-epoch))
-    chosen = optimize_oscillating_weights(run.model, run.tracker, batches, args.choice_steps)
+    with run.autocast():
+        chosen = optimize_oscillating_weights(run.model, run.tracker, batches, args.choice_steps)
     print_scores(f"AdaRound, {chosen} weights, {args.choice_steps} steps", [run.score()])
     for name, (other, _) in list(zip(names, runs))[1:]:
         print_scores(name, [other.score()])
@@ -1176,39 +1194,53 @@ def halfway(args: argparse.Namespace, method: str) -> Run:
     return run
 
 
+def timed(device: torch.device, call) -> float:
+    """Milliseconds that a call takes, with what it leaves the device to do."""
+    begun = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - begun)
+
+
 def benchmark(args: argparse.Namespace) -> list[dict]:
     """Step time and memory of all methods, in turn within one run; writes benchmark.json."""
     runs = {method: halfway(args, method) for method in ("fp32", "lsq", "dampen", "freeze")}
-    images, labels = next(runs["freeze"].data.train(0))
-    times: dict[str, list[float]] = {method: [] for method in runs}
-    peaks, rows = dict.fromkeys(runs, 0), []
+    dampen, freeze = runs["dampen"], runs["freeze"]
+    images, labels = next(freeze.data.train(0))
+    f_th, gpu = freeze.schedule(freeze.step)[2], freeze.device.type == "cuda"
+    calls = {method: partial(run.train_step, images, labels) for method, run in runs.items()}
+    calls |= {"tracker": lambda: freeze.tracker.step(f_th),  # what the cures add, alone
+              "dampening": lambda: dampening_loss(dampen.model, args.dampening).backward()}
+    times, peaks = {name: [] for name in calls}, {}
     for turn in tqdm(range(args.rounds + 2), "benchmark", disable=None):
-        for method, run in runs.items():
-            if run.device.type == "cuda":
-                torch.cuda.synchronize()
+        for name, call in calls.items():
+            held = torch.cuda.memory_allocated() if gpu else 0
+            if gpu:
                 torch.cuda.reset_peak_memory_stats()
-            begun = time.perf_counter()
-            run.train_step(images, labels)  # ends with loss.item(), which waits for the device
-            if run.device.type == "cuda":
-                torch.cuda.synchronize()
-                peaks[method] = torch.cuda.max_memory_allocated()
-            times[method] += [time.perf_counter() - begun] if turn > 1 else []
+            times[name] += [timed(freeze.device, call)][: turn > 1]  # two rounds to warm up
+            peaks[name] = (torch.cuda.max_memory_allocated() - held) / 2**20 if gpu else None
+    rows = []
     for method, run in runs.items():
-        to_fp32, to_lsq = (median(own / other for own, other in zip(times[method], times[base]))
-                           for base in ("fp32", "lsq"))
-        rows.append({"method": method, "step_ms": 1000 * median(times[method]), "to_fp32": to_fp32,
-                     "to_lsq": to_lsq, "saved_mb": saved_bytes(run, images) / 2**20,
-                     "peak_mb": peaks[method] / 2**20})
+        ratios = (median(own / other for own, other in zip(times[method], times[base]))
+                  for base in ("fp32", "lsq"))
+        rows.append({"method": method, "step_ms": median(times[method]),
+                     **dict(zip(("to_fp32", "to_lsq"), ratios)),
+                     "saved_mb": saved_bytes(run, images) / 2**20, "peak_mb": peaks[method]})
+    alone = {f"{name}_ms": median(times[name]) for name in ("tracker", "dampening")}
+    alone["tracked_weights"] = freeze.tracker.f.numel()
     print(f"{args.model} W{args.bits}A{args.act_bits}, {args.image_size} px, "
           f"batch {args.batch_size}, {args.memory_format}, {args.device}"
           f"{', compiled' * args.compile}{', amp' * args.amp}, median of {args.rounds} rounds in "
           f"turn\n{'method':<8}{'step ms':>10}{'/ FP32':>8}{'/ LSQ':>8}{'saved MB':>10}"
-          f"{'peak MB (GPU)':>15}")
+          + f"{'peak MB':>10}" * gpu)
     for row in rows:
-        print("{method:<8}{step_ms:>10.1f}{to_fp32:>8.3f}{to_lsq:>8.3f}{saved_mb:>10.1f}"
-              "{peak_mb:>15.1f}".format(**row))
-    output = make_output(args.output)
-    save_atomically({"arguments": vars(args), "rows": rows}, output / "benchmark.json", write_json)
+        print(("{method:<8}{step_ms:>10.1f}{to_fp32:>8.3f}{to_lsq:>8.3f}{saved_mb:>10.1f}"
+               + "{peak_mb:>10.1f}" * gpu).format(**row))
+    print("alone: tracker with freezing {tracker_ms:.1f} ms, dampening with its gradient "
+          "{dampening_ms:.1f} ms, for {tracked_weights:,} weights".format(**alone))
+    content = {"arguments": vars(args), "rows": rows, **alone}
+    save_atomically(content, make_output(args.output) / "benchmark.json", write_json)
     return rows
 
 
@@ -1369,9 +1401,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(argv)
         if "RANK" in os.environ:
-            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-            if args.device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            cuda = args.device.startswith("cuda")
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else args.device
+            dist.init_process_group("nccl" if cuda else "gloo")
         modes = (benchmark, evaluate, analyze, summarize)
         next((mode for mode in modes if getattr(args, mode.__name__)), train)(args)
         return 0
