@@ -30,7 +30,7 @@ The order is the paper's, but for Table 3, which needs the tracker and comes las
 
 import math
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 
 import torch
@@ -226,9 +226,8 @@ class Quantizer(nn.Module):
         rows = x.flatten(1) if self.per_channel else x.reshape(1, -1)
         largest = rows.abs().amax(1, keepdim=True) / self.int_max
         best, best_error = torch.ones_like(largest), torch.full_like(largest, math.inf)
-
-        def search(start, fractions):
-            nonlocal best, best_error
+        start = torch.zeros_like(largest)
+        for fractions in (torch.arange(1, 97) / 64, torch.arange(-8, 9) / 512):
             for fraction in fractions.tolist():
                 scale = (start + fraction * largest).clamp_(min=MIN_SCALE)
                 x_hat = quantize_to_int(rows, scale, self.int_min, self.int_max).mul_(scale)
@@ -236,9 +235,7 @@ class Quantizer(nn.Module):
                 better = error < best_error
                 best = torch.where(better, scale, best)
                 best_error = torch.where(better, error, best_error)
-
-        search(0, torch.arange(1, 97) / 64)
-        search(best, torch.arange(-8, 9) / 512)
+            start = best
         self.scale.copy_(torch.where(largest > 0, best, 1.0).flatten())
 
     def get_extra_state(self) -> Tensor:
@@ -275,6 +272,10 @@ class QuantLayer:
         """Current integers, W: the frozen ones where frozen, else those of the latent weight."""
         return torch.where(self.frozen, self.frozen_int, self.weight_quantizer.to_int(self.weight))
 
+    def weight_u(self) -> Tensor:
+        """The latent weight in steps, w / s: W."""
+        return self.weight / self.weight_quantizer.usable_scale(self.weight.dim())
+
     def weight_hat(self) -> Tensor:
         """Current quantized weight, W. A frozen one is s * w_int: gradient 0 to w, w_int to s."""
         w_hat = self.weight_quantizer(self.weight)
@@ -285,7 +286,7 @@ class QuantLayer:
     def place(self, mask: Tensor, w_int: Tensor) -> None:
         """Moves the latent weights under the mask to the bin centres s * w_int."""
         scale = self.weight_quantizer.usable_scale(mask.dim())
-        self.weight.copy_(torch.where(mask, scale * w_int, self.weight))
+        torch.where(mask, scale * w_int, self.weight, out=self.weight)
 
     def input_hat(self, x: Tensor) -> Tensor:
         """The layer's input on its grid; in float where input_quantizer is None."""
@@ -403,40 +404,34 @@ def calibrate(model: nn.Module, batches: Iterable, samples: int = 2**15) -> None
     Raises:
         ValueError: where there is no batch, or an input is not finite.
     """
-    names = {layer: name for name, layer in quant_layers(model).items() if layer.input_quantizer}
-    quantizers = {layer: layer.input_quantizer for layer in names}
-    values: dict[QuantLayer, list[Tensor]] = {layer: [] for layer in names}
+    names = {layer.input_quantizer: name for name, layer in quant_layers(model).items()
+             if layer.input_quantizer}
+    values: dict[Quantizer, list[Tensor]] = {quantizer: [] for quantizer in names}
     lowest = dict.fromkeys(names, math.inf)
 
-    def record(layer, args):
+    def record(quantizer, args, x_hat):
         x = args[0].float().flatten()
         if not x.isfinite().all():
-            raise ValueError(f"the input of {names[layer]} is NaN or infinite")
-        lowest[layer] = min(lowest[layer], x.min().item())
+            raise ValueError(f"the input of {names[quantizer]} is NaN or infinite")
+        lowest[quantizer] = min(lowest[quantizer], x.min().item())
         # Spread evenly, in whole numbers; a fixed stride could see a few image columns only.
         spread = min(samples, x.numel())
         index = torch.arange(spread, device=x.device) * (x.numel() - 1) // max(spread - 1, 1)
-        values[layer].append(x[index])
+        values[quantizer].append(x[index])
+        return args[0]  # in the place of x_hat: the layer sees its input in float
 
-    hooks = [layer.register_forward_pre_hook(record) for layer in quantizers]
-    try:
-        with evaluation_mode(model):
-            for layer in quantizers:
-                layer.input_quantizer = None
-            for images in images_of(batches, model):
-                model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for layer, quantizer in quantizers.items():
-            layer.input_quantizer = quantizer
-    missed = [names[layer] for layer in names if not values[layer]]
+    with ExitStack() as hooks, evaluation_mode(model):
+        for quantizer in names:
+            hooks.enter_context(quantizer.register_forward_hook(record))
+        for images in images_of(batches, model):
+            model(images)
+    missed = [name for quantizer, name in names.items() if not values[quantizer]]
     if missed:
         raise ValueError("calibration needs at least one batch that reaches every layer in "
                          f"evaluation mode; none reached {', '.join(missed[:3])}")
-    for layer, quantizer in quantizers.items():
-        quantizer.signed = lowest[layer] < 0
-        quantizer.initialize(torch.cat(values[layer]))
+    for quantizer, samples_seen in values.items():
+        quantizer.signed = lowest[quantizer] < 0
+        quantizer.initialize(torch.cat(samples_seen))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -517,14 +512,12 @@ def bn_kl_divergence(model: nn.Module, batches: Iterable) -> dict[str, Tensor]:
         count = torch.full_like(x[:, 0], x.shape[1])
         sums[bn] += torch.stack([count, x.sum(1), x.square().sum(1)])
 
-    hooks = [bn.register_forward_pre_hook(record) for bn in bns.values()]
-    try:
-        with batch_statistics(model, 0.0):  # momentum 0 keeps the running statistics
-            for images in images_of(batches, model):
-                model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    # Momentum 0 keeps the running statistics.
+    with ExitStack() as hooks, batch_statistics(model, 0.0):
+        for bn in sums:
+            hooks.enter_context(bn.register_forward_pre_hook(record))
+        for images in images_of(batches, model):
+            model(images)
     if any(not total[0].all() for total in sums.values()):
         raise ValueError("the KL divergence needs at least one batch")
     return {name: _normal_kl(*sums[bn], bn) for name, bn in bns.items()}
@@ -578,15 +571,15 @@ class OscillationTracker:
         # o_t = 1 where w_int changed, in the direction opposite to its previous change     Eq. 4
         # Deviation: the first change is no oscillation; Algorithm 1's zero start would count it.
         change = w_int - self.w_int
-        oscillates = change * self.last_change < 0
+        oscillates = (change * self.last_change).lt_(0)
         # f_t = m o_t + (1 - m) f_{t-1}
-        self.f.mul_(1 - m).add_(oscillates, alpha=m)
+        self.f.lerp_(oscillates, m)
         self.last_change = torch.where(change != 0, change, self.last_change)
         if freeze_threshold is not None and self.layers:
             w_int = self._freeze(self.f > freeze_threshold, w_int)
         # EMA_t(w_int) = m w_int + (1 - m) EMA_{t-1}(w_int)
         # Deviation: from the first iteration on; the released code starts it when freezing starts.
-        self.ema_int.mul_(1 - m).add_(w_int, alpha=m)
+        self.ema_int.lerp_(w_int, m)
         self.w_int = w_int
 
     def _freeze(self, above: Tensor, w_int: Tensor) -> Tensor:
@@ -666,7 +659,7 @@ class OscillationTracker:
 
 
 class SquaredNorm(torch.autograd.Function):
-    """L_dampen = || w_hat - clip(w, s n, s p) ||_F^2, no gradient through w_hat             Eq. 5"""
+    """L_dampen = || w_hat - clip(w, s n, s p) ||_F^2, no gradient through w_hat            Eq. 5"""
 
     @staticmethod
     def forward(ctx, w, gap):
@@ -786,8 +779,12 @@ def optimize_oscillating_weights(model: nn.Module, tracker: OscillationTracker, 
     with batch_statistics(model, 0.0):
         for step, (images, labels) in enumerate(islice(batches, steps if masks else 0)):
             h = (1.2 * v.sigmoid() - 0.1).clamp(0, 1)
-            integers = _soft_integers(model, masks, lower, h)
-            logits = torch.func.functional_call(model, integers, images.to(device))
+            frozen = {}  # buffers of the layers in which the masked weights are frozen at lower + h
+            for name, soft in _chosen(lower, masks, h).items():
+                layer = model.get_submodule(name)
+                frozen[f"{name}.frozen_int"] = torch.where(layer.frozen, layer.frozen_int, soft)
+                frozen[f"{name}.frozen"] = layer.frozen | masks[name]
+            logits = torch.func.functional_call(model, frozen, images.to(device))
             # mean of 1 - |2 h - 1|^beta, beta from 20 to 2                         AdaRound, Eq. 24
             beta = cosine_anneal(20.0, 2.0, step / steps, warmup=0.2)
             loss = F.cross_entropy(logits, labels.to(device))
@@ -796,19 +793,13 @@ def optimize_oscillating_weights(model: nn.Module, tracker: OscillationTracker, 
             optimizer.zero_grad()
             loss.backward(inputs=[v])
             optimizer.step()
-    choices = (v.detach() > 0).split([mask.sum().item() for mask in masks.values()])
-    for (name, mask), upper in zip(masks.items(), choices):
-        w_int = lower[name].masked_scatter(mask, lower[name][mask] + upper)
-        model.get_submodule(name).place(mask, w_int)
+    for name, w_int in _chosen(lower, masks, v.detach() > 0).items():
+        model.get_submodule(name).place(masks[name], w_int)
     return v.numel()
 
 
-def _soft_integers(model: nn.Module, masks: dict, lower: dict, h: Tensor) -> dict[str, Tensor]:
-    """Buffers of the layers in which the masked weights are frozen at lower + h, a real number."""
-    buffers, counts = {}, [mask.sum().item() for mask in masks.values()]
-    for (name, mask), part in zip(masks.items(), h.split(counts)):
-        layer = model.get_submodule(name)
-        soft = lower[name].masked_scatter(mask, lower[name][mask] + part)
-        buffers[f"{name}.frozen_int"] = torch.where(layer.frozen, layer.frozen_int, soft)
-        buffers[f"{name}.frozen"] = layer.frozen | mask
-    return buffers
+def _chosen(lower: dict, masks: dict, h: Tensor) -> dict[str, Tensor]:
+    """By layer, W: lower + h under the mask, lower elsewhere."""
+    parts = h.split([mask.sum().item() for mask in masks.values()])
+    return {name: lower[name].masked_scatter(mask, lower[name][mask] + part)
+            for (name, mask), part in zip(masks.items(), parts)}

