@@ -113,12 +113,12 @@ class FakeQuantize(torch.autograd.Function):
         # As s n <= w <= s p, and in place: on a CPU a new tensor costs more than three passes.
         g_inside = x.clamp(scale * int_min, scale * int_max).eq_(x).mul_(g)
         # dw_hat/ds = round(w/s) - w/s inside the grid, n or p where clipped                   LSQ
-        # Summed, <g, w_hat - w 1[inside]> / s: inner products of tensors that are here anyway.
         # Deviation: without LSQ's optional factor 1/sqrt(numel * p), as in the released code.
-        if scale.numel() == 1 and not torch.compiler.is_compiling():  # compiled, it fuses anyway
+        if scale.numel() > 1 or torch.compiler.is_compiling():  # which fuses all of this
+            x_int = quantize_to_int(x, scale, int_min, int_max)
+            g_scale = (g * x_int - g_inside * (x / scale)).sum_to_size(scale.shape)
+        else:  # the same sum as inner products of tensors that are here anyway
             g_scale = ((inner(g, x_hat) - inner(g_inside, x)) / scale).view(scale.shape)
-        else:
-            g_scale = (g * x_hat - g_inside * x).sum_to_size(scale.shape) / scale
         if estimator != "ste":
             g_inside = ESTIMATORS[estimator](g_inside, x / scale)
         return g_inside, g_scale, None, None, None

@@ -8,14 +8,19 @@ import csv
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
+import random
 import re
+import resource
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -236,6 +241,52 @@ def test_half_precision_is_quantized_in_float32(dtype):
         assert_same([layer.weight_hat() for layer in quant_layers(model).values()], before)
         model(images()[0]).float().sum().backward()
     assert model[3].weight.grad.isfinite().all()
+
+
+def textbook(x, s, n, p):
+    """LSQ as usually written: rounding by the detach trick, and autograd does the rest."""
+    x_bar = (x / s).clamp(n, p)
+    return s * (x_bar + (x_bar.round() - x_bar).detach())
+
+
+@PER_CHANNEL
+def test_a_network_trains_to_the_same_numbers_as_with_a_textbook_quantizer(per_channel):
+    """Eq. 1, Eq. 2 and LSQ in 20 steps of SGD, in float64: losses, weights and scales."""
+    net, batches, F = small_net(3, 3, per_channel=per_channel).double(), images(), nn.functional
+    batches = [batch.double() for batch in batches]
+    calibrate(net, batches)
+    net[8].p = 0.0  # dropout
+    own = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+
+    def weight(k, n):
+        w, s = own[f"{k}.weight"], own[f"{k}.weight_quantizer.scale"]
+        return textbook(w, s.view(-1, *[1] * (w.dim() - 1)), n, -n - 1)
+
+    def given(x, k, n):
+        return textbook(x, own[f"{k}.input_quantizer.scale"], n, n + 7)
+
+    def norm(x, k):
+        return F.batch_norm(x, None, None, own[f"{k}.weight"], own[f"{k}.bias"], training=True)
+
+    def forward(x):
+        x = norm(F.conv2d(x, weight(0, -128), own["0.bias"]), 1).relu()
+        x = norm(F.conv2d(given(x, 3, 0), weight(3, -4), own["3.bias"]), 4)
+        x = F.conv2d(given(F.hardswish(x), 6, -4), weight(6, -4), own["6.bias"], groups=8)
+        return F.linear(given(norm(x, 7).mean((2, 3)), 11, -4), weight(11, -128), own["11.bias"])
+
+    losses = []
+    for call, named in ((net.train(), dict(net.named_parameters())), (forward, own)):
+        parts = [[p for name, p in named.items() if ("scale" in name) == k] for k in (False, True)]
+        groups = [{"params": part, "lr": lr} for part, lr in zip(parts, (0.05, 1e-5))]
+        optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=1e-4)
+        for x in (batches * 7)[:20]:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(call(x), torch.arange(len(x)) % 5)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[:20] == pytest.approx(losses[20:], rel=1e-9) and losses[18] < losses[0] - 0.1
+    assert_close(dict(net.named_parameters()), own, rtol=1e-9, atol=1e-12)
 
 
 # --- Section 4, set-up: quantized layers and networks ---------------------------------------------
@@ -899,7 +950,8 @@ def test_embedded_batches_depend_on_seed_epoch_and_step_only():
     shares = [train.Embedded(args, (rank, 3)) for rank in range(3)]
     labels = torch.cat([y for share in shares for _, y in share.val()])
     assert labels.bincount().tolist() == torch.cat([y for _, y in data.val()]).bincount().tolist()
-    trained = torch.cat([torch.tensor(part) for share in shares for part in share._indices(0)])
+    trained = torch.cat([torch.tensor(part) for share in shares
+                         for part in train.batch_indices(share, 0)])
     assert len(trained) == len(trained.unique())
 
 
@@ -914,6 +966,7 @@ def pictures(tmp_path_factory):
                 x = 60 * torch.rand(20, 20, 3, generator=g) + (150, 0, 0)[k]
                 x[::4] += 180 * (k == 2)
                 Image.fromarray(x.byte().numpy()).save(root / part / name / f"{i}.png")
+    (root / "val/dark/0.png").unlink()  # an odd number, so that two processes get unequal shares
     return root
 
 
@@ -924,7 +977,7 @@ def small(*more):
 @pytest.fixture(scope="module")
 def fp32(pictures, tmp_path_factory):
     output = tmp_path_factory.mktemp("fp32")
-    assert train.main(small("--data", pictures, "--method", "fp32", "--epochs", 3, "--lr", 0.05,
+    assert train.main(small("--data", pictures, "--method", "fp32", "--epochs", 3, "--lr", 0.003,
                             "--output", output)) == 0
     return output
 
@@ -978,28 +1031,6 @@ def test_an_export_gives_bit_for_bit_the_logits_of_the_checkpoint(pictures, fp32
         run.model.load_state_dict(content["reestimated_bn"], strict=False)
         logits.append(run.model.eval()(next(run.data.val())[0]))
     assert torch.equal(*logits)
-
-
-def test_a_killed_run_resumes_to_the_same_end(pictures, fp32, tmp_path):
-    """kill -9 within an epoch; weights, integers, masks, BN, optimizers, log and summary."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for output in (whole, killed):
-        command = qat(pictures, fp32, output, "--method", "freeze", "--checkpoint-every", 1,
-                      "--resume")
-        if output == killed:
-            process = subprocess.Popen([sys.executable, "train.py", *command], cwd=ROOT,
-                                       stdout=subprocess.DEVNULL)
-            while not (killed / "last.pt").exists() and process.poll() is None:
-                time.sleep(0.01)
-            process.kill()
-            process.wait()
-            assert not (killed / "summary.json").exists()
-        assert train.main(command) == 0
-    ends = [torch.load(output / "last.pt", weights_only=True) for output in (whole, killed)]
-    for content in ends:
-        content.pop("seconds"), content.pop("arguments"), content.pop("network")
-    assert_same(*ends)
-    assert (whole / "log.csv").read_text() == (killed / "log.csv").read_text()
 
 
 def test_unreadable_pictures_are_named_skipped_and_counted(pictures, fp32, tmp_path, capsys):
@@ -1062,6 +1093,7 @@ def test_a_number_out_of_range_is_refused_by_name(flag, value, capsys):
     ("--data hollow", "expected train/CLASS"), ("--data single", "at least 2 classes"),
     ("--data unequal", "same classes; 'c'"), ("--data file", "expected train/CLASS"),
     ("--data outer", "expected train/CLASS"), ("--output file --weights w.pt", "--output file"),
+    ("--output file/below --weights w.pt", "--output file/below"),
     ("--output unfinished --weights w.pt", "--resume"),
     ("--output broken --resume", "--resume broken/last.pt"),
     ("--output newer --resume", "newer train.py"), ("--evaluate w.pt", "no checkpoint")])
@@ -1092,38 +1124,306 @@ def test_resuming_another_command_says_what_differs(pictures, fp32, tmp_path, ca
     assert "--method lsq there, freeze here" in line and "--bits 3 there, 4 here" in line
 
 
-def test_a_loss_that_is_nan_stops_at_its_step_and_keeps_the_last_checkpoint(
-        pictures, tmp_path, capsys, monkeypatch):
-    step = train.Run.train_step
-
-    def explode(run, images, labels):
-        return step(run, images * (math.nan if run.step == 4 else 1), labels)
-
-    monkeypatch.setattr(train.Run, "train_step", explode)
-    line = refusal(small("--data", pictures, "--method", "fp32", "--epochs", 2,
-                         "--output", tmp_path, "--checkpoint-every", 2), capsys)
-    assert "nan at step 5 of 12" in line
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 4
-
-
-def test_two_processes_train_one_network(pictures, fp32, tmp_path):
-    """DistributedDataParallel on gloo: one log, and every validation picture counted once."""
-    command = qat(pictures, fp32, tmp_path, *"--method freeze --batch-size 4 --device cpu".split())
-    launch = "-m torch.distributed.run --standalone --nproc_per_node=2 train.py".split()
-    done = subprocess.run([sys.executable, *launch, *command], cwd=ROOT, capture_output=True,
-                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert round(summary["post_bn_top1"] * 18 / 100, 6) % 1 == 0
-    assert done.stdout.count("epoch 1 ") == 1
-
-
 def test_benchmark_times_all_methods_in_turn(tmp_path, capsys):
     flags = "--benchmark --width 0.1 --image-size 32 --batch-size 2 --rounds 1".split()
     assert train.main([*flags, "--output", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["fp32", "lsq", "dampen", "freeze"]
     assert rows[1]["saved_mb"] == rows[3]["saved_mb"] > rows[0]["saved_mb"] > 0
+
+
+# --- train.py: hard to break, and more than one process -------------------------------------------
+
+KILLS = int(os.environ.get("KILLS", 5))
+
+
+def strike(method, step, act, patch=setattr):
+    """Has act(run, ...) happen where this method of train.Run is first called at this step."""
+    calm = getattr(train.Run, method)
+
+    def struck(run, *args):
+        if run.step == step:
+            patch(train.Run, method, calm)
+            act(run, *args)
+        return calm(run, *args)
+
+    patch(train.Run, method, struck)
+
+
+def send(number, run, *_):
+    os.kill(os.getpid(), number)
+
+
+def explode(run, images, labels):
+    images.mul_(math.nan)
+
+
+def spoil_a_weight(run, *_):
+    run.model.features[18][0].weight.data[3, 2] = math.inf
+
+
+def fill_the_disk(room, run, *_):
+    """From here on the system refuses to write more than this many bytes into a file."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def keep_state(run):
+    states = run.tracker.state_dict(), run.model.state_dict(), train.bn_state(run.model)
+    torch.save(states, run.output / f"rank{run.ranks[0]}")
+
+
+def assert_same_end(*outputs):
+    """Weights, integers, masks, BN, optimizers, trace, log, summary, names of files; not times."""
+    tensors, texts = [], []
+    for output in outputs:
+        contents = [torch.load(output / name, weights_only=True) for name in ("last.pt", "best.pt")]
+        summary = json.loads((output / "summary.json").read_text())
+        for content in (*contents, summary):
+            del content["seconds"], content["arguments"]
+        facts = [(content.pop("network"), content["trace"].pop("layer")) for content in contents]
+        texts.append([facts, summary, (output / "log.csv").read_text(), sorted(os.listdir(output))])
+        tensors.append(contents)
+    assert texts[0] == texts[1]
+    assert_same(*tensors)
+
+
+def long_run(pictures, fp32, output, *more):
+    """Two epochs of three steps."""
+    return qat(pictures, fp32, output, "--method", "freeze", "--trace", "features.3.conv.1.0",
+               "--resume", "--batch-size", 16, "--device", "cpu", *more)
+
+
+@pytest.fixture(scope="module")
+def fork():
+    """Starts a function in a process of its own, which has torch and this file imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+
+    def start(function, *args):
+        process = context.Process(target=function, args=args, daemon=True)
+        process.start()
+        return process
+
+    start(os.getpid)
+    return start
+
+
+@pytest.fixture(scope="module")
+def whole(fork, pictures, fp32, tmp_path_factory):
+    """The run that nothing disturbs, and the seconds that it takes."""
+    output, begun = tmp_path_factory.mktemp("whole"), time.perf_counter()
+    fork(train.main, long_run(pictures, fp32, output, "--checkpoint-every", 1)).join()
+    return output, time.perf_counter() - begun
+
+
+def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(
+        fork, whole, pictures, fp32, tmp_path):
+    """kill -9 at random moments, in saving and validation too; KILLS=20 pytest for twenty."""
+    moments, kills, runs = random.Random(0), [], 0
+    while len(kills) < KILLS:
+        output, exit_code, runs = tmp_path / str(runs), -9, runs + 1
+        while exit_code == -9:
+            command = long_run(pictures, fp32, output, "--checkpoint-every", 1)
+            process = fork(train.main, command)
+            process.join(moments.uniform(0, whole[1]) if len(kills) < KILLS else None)
+            process.kill()
+            process.join()
+            exit_code, last = process.exitcode, output / "last.pt"
+            if exit_code == -9:
+                kills.append(torch.load(last)["step"] if last.exists() else "none")
+        assert_same_end(output, whole[0])
+    print(f"{runs} runs, killed with checkpoints of steps {kills}")
+
+
+def test_a_run_cut_between_its_last_checkpoint_and_the_log_loses_no_row(
+        pictures, fp32, tmp_path, capsys):
+    """Nothing is left to train then, and the log must be there all the same."""
+    def cut(content, path, *args, calm=train.save_atomically):
+        if path.name == "log.csv":
+            raise KeyboardInterrupt
+        calm(content, path, *args)
+
+    command = long_run(pictures, fp32, tmp_path, "--epochs", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_atomically", cut)
+        refusal(command, capsys)
+    assert train.main(command) == 0
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("number, method, step, saved", [
+    (signal.SIGTERM, "train_step", 1, 2), (signal.SIGINT, "train_step", 4, 5),
+    (signal.SIGTERM, "accuracy", 0, None), (signal.SIGTERM, "accuracy", 3, 3),
+    (signal.SIGINT, "reestimate", 6, 6)])
+def test_a_signal_saves_and_leaves_with_one_line_and_resuming_ends_the_same(
+        number, method, step, saved, whole, pictures, fp32, tmp_path, capsys):
+    """Within training, within validation, and where nothing is saved yet."""
+    command, last = long_run(pictures, fp32, tmp_path), tmp_path / "last.pt"
+    with pytest.MonkeyPatch.context() as patch:
+        strike(method, step, partial(send, number), patch.setattr)
+        assert f"by a signal at step {saved or 0} of 6; the same" in refusal(command, capsys)
+    assert saved == (torch.load(last)["step"] if last.exists() else None)
+    assert train.main(command) == 0
+    assert_same_end(tmp_path, whole[0])
+
+
+FULL = "--output {}/last.pt: cannot be written ([Errno 27] File too large)"
+
+
+@pytest.mark.parametrize("method, act, words, saved", [
+    ("train_step", explode, "loss became nan at step 5 of 12", 4),
+    ("save", spoil_a_weight, "features.18.0.weight became NaN or infinite before step 5 of 12", 2),
+    ("save", partial(fill_the_disk, 5000), FULL, 2),
+    ("save", partial(fill_the_disk, 200_000), FULL, 2)])
+def test_nan_and_a_full_disk_are_one_line_and_leave_the_previous_checkpoint_whole(
+        method, act, words, saved, pictures, fp32, tmp_path, capsys, monkeypatch):
+    strike(method, 4, act, monkeypatch.setattr)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        line = refusal(qat(pictures, fp32, tmp_path, "--checkpoint-every", 2), capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert words.format(tmp_path) in line
+    content = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert content["step"] == saved and os.listdir(tmp_path) == ["last.pt"]
+    assert all(tensor.isfinite().all() for tensor in content["model"].values())
+
+
+@pytest.mark.parametrize("place", ["missing/e.pt", "last.pt/e.pt", "."])
+def test_an_export_that_cannot_be_written_is_one_line(
+        place, whole, pictures, tmp_path, capsys, monkeypatch):
+    """Into a folder that is missing, into one that is a file, and over a folder."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(whole[0] / "last.pt", tmp_path)
+    command = ["--evaluate", "last.pt", "--data", pictures, "--workers", 0, "--export", place]
+    assert f"--export {place}: cannot be written" in refusal(command, capsys)
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def be_rank(rank, port, command, errors, stroke):
+    """One of two processes as torchrun starts them."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if stroke:
+        strike(*stroke)
+    with open(f"{errors}{rank}", "w") as sys.stderr:
+        sys.exit(train.main(command))
+
+
+def two_ranks(fork, command, errors, *strokes):
+    """Exit codes, and what was said on standard error, of a job of two processes."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = [fork(be_rank, rank, port, command, errors, stroke)
+             for rank, stroke in enumerate(strokes)]
+    for process in ranks:
+        process.join(60)
+        process.kill()  # where it hangs
+    return ([process.exitcode for process in ranks],
+            [Path(f"{errors}{rank}").read_text() for rank in (0, 1)])
+
+
+def shared_run(pictures, fp32, output):
+    return long_run(pictures, fp32, output, "--batch-size", 8, "--checkpoint-every", 1)
+
+
+@pytest.fixture(scope="module")
+def pair(fork, pictures, fp32, tmp_path_factory):
+    """The run of two processes that nothing disturbs, and their states after the last step."""
+    output, keep = tmp_path_factory.mktemp("pair"), ("must_stop", 6, keep_state)
+    ends = two_ranks(fork, shared_run(pictures, fp32, output), output / "rank_errors", keep, keep)
+    assert ends == ([0, 0], ["", ""])
+    states = [torch.load(output / f"rank{rank}") for rank in (0, 1)]
+    for path in output.glob("rank*"):
+        path.unlink()
+    return output, states
+
+
+def test_two_processes_train_one_network(pair, pictures, capsys):
+    """Trackers agree without a word, BN statistics are averaged, 17 pictures count once each."""
+    output, ((tracker, model, bn), (tracker_1, model_1, bn_1)) = pair
+    own = [[state.pop(name) for name in bn] for state in (model, model_1)]
+    assert_same((tracker, model, bn), (tracker_1, model_1, bn_1))
+    assert_close(list(bn.values()), [(a + b) / 2 for a, b in zip(*own)])
+    assert not torch.equal(own[0][0], own[1][0])
+    summary = json.loads((output / "summary.json").read_text())
+    assert tracker["f"].any() and summary["frozen"] > 0
+    train.main(["--evaluate", str(output / "last.pt"), "--data", str(pictures), "--workers", "0"])
+    for key, top1 in json.loads(capsys.readouterr().out).items():  # by one process
+        assert summary[key] == top1 and round(17 * top1 / 100, 9) % 1 == 0
+
+
+@pytest.mark.parametrize("method, step, act, words, saved", [
+    ("train_step", 2, explode, "loss became nan at step 3 of 6", 2),
+    ("train_step", 2, partial(send, signal.SIGTERM), "stopped by a signal at step 3 of 6", 3),
+    ("accuracy", 3, partial(send, signal.SIGTERM), "stopped by a signal at step 3 of 6", 3)])
+def test_what_happens_to_one_process_stops_all_at_the_same_step(
+        method, step, act, words, saved, fork, pictures, fp32, tmp_path):
+    command, stroke = shared_run(pictures, fp32, tmp_path / "out"), (method, step, act)
+    codes, errors = two_ranks(fork, command, tmp_path / "rank", None, stroke)
+    assert codes == [2, 2] and errors[0] == errors[1]
+    assert words in errors[0] and errors[0].count("\n") == 1
+    content = torch.load(tmp_path / "out/last.pt", weights_only=True)
+    assert content["step"] == saved
+    assert all(tensor.isfinite().all() for tensor in content["model"].values())
+
+
+def test_a_dead_process_ends_the_job_and_resuming_ends_as_if_it_had_lived(
+        pair, fork, pictures, fp32, tmp_path):
+    """By torchrun; kill -9 in the second epoch."""
+    (tmp_path / "driver.py").write_text(
+        f"import os, sys, {__name__} as tests\nif os.environ['RANK'] == '1':\n"
+        "    tests.strike('train_step', 4, tests.partial(tests.send, 9))\n"
+        "sys.exit(tests.train.main())")
+    command = shared_run(pictures, fp32, tmp_path / "out")
+    launch = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    done = subprocess.run(
+        [sys.executable, *launch, tmp_path / "driver.py", *command], cwd=ROOT, capture_output=True,
+        text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode != 0 and done.stdout.count("epoch 1 ") == 1
+    assert torch.load(tmp_path / "out/last.pt", weights_only=True)["step"] == 4
+    ends = two_ranks(fork, command, tmp_path / "rank", None, None)
+    assert ends == ([0, 0], ["", ""])
+    assert_same_end(tmp_path / "out", pair[0])
+
+
+def test_under_amp_quantizers_trackers_and_bn_stay_in_float32(
+        pictures, fp32, tmp_path, monkeypatch):
+    """bfloat16 reaches the quantizers and goes no further."""
+    forward, dtypes = Quantizer.forward, set()
+
+    def watched(quantizer, x):
+        x_hat = forward(quantizer, x)
+        dtypes.add((x.dtype, x_hat.dtype))
+        return x_hat
+
+    monkeypatch.setattr(Quantizer, "forward", watched)
+    command = qat(pictures, fp32, tmp_path, "--method", "freeze", "--epochs", 1, "--amp")
+    assert train.main(command) == 0
+    assert dtypes == {(dtype, torch.float32) for dtype in (torch.bfloat16, torch.float32)}
+    run, content = train.run_of(str(tmp_path / "last.pt"), "--evaluate", train.parse(command))
+    states = [content[key] for key in ("model", "tracker", "reestimated_bn")]
+    states += [state for each in content["optimizers"] for state in each["state"].values()]
+    tensors = [tensor for state in states for tensor in state.values()]
+    assert {t.dtype for t in tensors if t.is_floating_point()} == {torch.float32}
+    run.open(content)
+    assert run.tracker.frozen_share() > 0
+    for name, integers in run.tracker.integers().items():
+        assert torch.equal(integers, run.tracker.layers[name].weight_int())
+
+
+def test_a_compiled_network_has_the_loss_and_the_gradients_of_the_eager_one():
+    """What torch.compile captures, forward and backward; the code made of it takes a minute."""
+    model, batches, ends = small_net(3, 4, per_channel=True).train(), images(), []
+    calibrate(model, batches)
+    model[8].p = 0.0  # dropout
+    for net in (model, copy.deepcopy(model)):
+        call = net if net is model else torch.compile(net, backend="aot_eager", fullgraph=True)
+        loss = nn.functional.cross_entropy(call(batches[0]), torch.arange(4))
+        loss.backward()
+        ends.append([loss, {name: p.grad for name, p in net.named_parameters()}, net.state_dict()])
+    assert_close(*ends, rtol=1e-4, atol=1e-6)
 
 
 # --- README ---------------------------------------------------------------------------------------

@@ -474,14 +474,15 @@ def bn_state(model: nn.Module) -> dict[str, Tensor]:
 
 def save_atomically(content, path: Path, write, flag: str = "--output") -> None:
     """Writes beside `path` and renames: a kill or a full disk leaves the previous file whole."""
-    part = Path(f"{path}.part")
+    part, buffer = Path(f"{path}.part"), io.BytesIO()
+    write(content, buffer)  # torch.save itself would hide what the system says of a full disk
     try:
         with open(part, "wb") as file:
-            write(content, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except OSError as error:
         with suppress(OSError):
             part.unlink()
         raise UserError(f"{flag} {path}: cannot be written ({brief(error)})") from None
@@ -587,7 +588,8 @@ class Run:
         self.net = model
         if dist.is_initialized():
             # The ranks' BN statistics are averaged where they are used; trackers need no word.
-            self.net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+            self.net = nn.parallel.DistributedDataParallel(model)
+            self.net.broadcast_buffers = False  # set after, as torch 2.14 renamed the argument
         if args.compile:
             self.net = torch.compile(self.net)
 
@@ -616,14 +618,17 @@ class Run:
     @torch.no_grad()
     def accuracy(self) -> float:
         """Top-1 on the validation images, in percent, over all processes."""
-        right = torch.zeros(2, dtype=torch.int64, device=self.device)  # correct, seen
+        right = torch.zeros(3, dtype=torch.int64, device=self.device)  # correct, seen, stopped
         self.model.eval()
         for images, labels in tqdm(self.data.val(), "validate", leave=False, disable=self.quiet):
-            if self.stopped and self.ranks[1] == 1:  # several stop together, at the next step
-                raise KeyboardInterrupt
+            if self.stopped:
+                break
             correct = self.forward(self.model, images).argmax(1).cpu() == labels
-            right += torch.tensor([correct.sum(), len(labels)], device=self.device)
-        correct, seen = over_ranks(right).tolist()
+            right += torch.tensor([correct.sum(), len(labels), 0], device=self.device)
+        right[2] = self.stopped
+        correct, seen, stopped = over_ranks(right).tolist()
+        if stopped:  # nothing is lost: `fit` has saved
+            raise KeyboardInterrupt
         return 100 * correct / seen if seen else math.nan
 
     @torch.no_grad()
