@@ -1233,7 +1233,7 @@ def read_summary(folder: str | Path, flag: str) -> dict:
 def summarize(args: argparse.Namespace) -> None:
     """A Markdown table of finished runs: mean and standard deviation over the seeds."""
     summaries = [read_summary(folder, "--summarize") for folder in args.summarize]
-    shown = (*FREE, "method", "model", "bits", "act_bits", "seed")
+    shown = (*FREE, "method", "model", "bits", "act_bits", "seed", "trace")
     varied = [key for key in summaries[0]["arguments"] if key not in shown
               and len({str(summary["arguments"].get(key)) for summary in summaries}) > 1]
     groups: dict[tuple, list[dict]] = {}
