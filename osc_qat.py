@@ -114,7 +114,7 @@ class FakeQuantize(torch.autograd.Function):
         g_inside = x.clamp(scale * int_min, scale * int_max).eq_(x).mul_(g)
         # dw_hat/ds = round(w/s) - w/s inside the grid, n or p where clipped                   LSQ
         # Deviation: without LSQ's optional factor 1/sqrt(numel * p), as in the released code.
-        if scale.numel() > 1 or torch.compiler.is_compiling():  # which fuses all of this
+        if scale.numel() > 1 or torch.compiler.is_compiling():  # compiled, it is one pass
             x_int = quantize_to_int(x, scale, int_min, int_max)
             g_scale = (g * x_int - g_inside * (x / scale)).sum_to_size(scale.shape)
         else:  # the same sum as inner products of tensors that are here anyway

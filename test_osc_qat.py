@@ -1122,12 +1122,18 @@ def test_resuming_another_command_says_what_differs(pictures, fp32, tmp_path, ca
     capsys.readouterr()
     line = refusal([*command, "--resume", "--method", "freeze", "--bits", 4], capsys)
     assert "--method lsq there, freeze here" in line and "--bits 3 there, 4 here" in line
+    before = (tmp_path / "last.pt").read_bytes()
+    line = refusal([*command, "--lr", 0.02], capsys)  # nor is a finished run overwritten
+    assert f"--output {tmp_path}" in line and "0.02 here" in line
+    assert (tmp_path / "last.pt").read_bytes() == before
 
 
 def test_benchmark_times_all_methods_in_turn(tmp_path, capsys):
     flags = "--benchmark --width 0.1 --image-size 32 --batch-size 2 --rounds 1".split()
     assert train.main([*flags, "--output", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    content = json.loads((tmp_path / "benchmark.json").read_text())
+    rows = content["rows"]
+    assert content["tracker_ms"] > 0 < content["dampening_ms"] and content["tracked_weights"] > 0
     assert [row["method"] for row in rows] == ["fp32", "lsq", "dampen", "freeze"]
     assert rows[1]["saved_mb"] == rows[3]["saved_mb"] > rows[0]["saved_mb"] > 0
 

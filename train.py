@@ -27,7 +27,6 @@ from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
