@@ -116,7 +116,10 @@ class FakeQuantize(torch.autograd.Function):
         # Deviation: without LSQ's optional factor 1/sqrt(numel * p), as in the released code.
         if scale.numel() > 1 or torch.compiler.is_compiling():  # compiled, it is one pass
             x_int = quantize_to_int(x, scale, int_min, int_max)
-            g_scale = (g * x_int - g_inside * (x / scale)).sum_to_size(scale.shape)
+            g_scale = g * x_int - g_inside * (x / scale)
+            if scale.numel() == 1 and x.dim() == 4:  # by channel first: fuses with BN's own sums
+                g_scale = g_scale.sum((0, 2, 3))
+            g_scale = g_scale.sum_to_size(scale.shape)
         else:  # the same sum as inner products of tensors that are here anyway
             g_scale = ((inner(g, x_hat) - inner(g_inside, x)) / scale).view(scale.shape)
         if estimator != "ste":
