@@ -277,7 +277,8 @@ class QuantLayer:
 
     def weight_u(self) -> Tensor:
         """The latent weight in steps, w / s: W."""
-        return self.weight / self.weight_quantizer.usable_scale(self.weight.dim())
+        scale = self.weight_quantizer.usable_scale(self.weight.dim())
+        return at_least_float32(self.weight) / scale
 
     def weight_hat(self) -> Tensor:
         """Current quantized weight, W. A frozen one is s * w_int: gradient 0 to w, w_int to s."""
@@ -694,10 +695,10 @@ def dampening_loss(model: nn.Module, reduction: str = "sum", max_bits: int = 4) 
     for layer in quant_layers(model, max_bits).values():
         w, quantizer = layer.weight, layer.weight_quantizer
         with torch.no_grad():
-            scale = quantizer.usable_scale(w.dim())
-            # Outside the grid both terms of Eq. 5 are its limit: gap and gradient are 0.
-            gap = w.clamp(scale * quantizer.int_min, scale * quantizer.int_max)
-            gap.sub_(quantizer(w))
+            # In steps s: clip(w / s, n, p) - w_int; outside the grid both are its limit, and 0 is
+            # left for gap and gradient. Rounded after the clip: the same, as n and p are integers.
+            u = layer.weight_u().clamp_(quantizer.int_min, quantizer.int_max)
+            gap = u.sub_(u.round()).mul_(quantizer.usable_scale(w.dim()))
             # Deviation: a frozen weight has no part in it, so that its gradient is 0 here as well.
             gap.masked_fill_(layer.frozen, 0)
         norm = SquaredNorm.apply(w, gap)

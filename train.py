@@ -578,8 +578,10 @@ class Run:
         scales = [quantizer.scale for quantizer in self.quantizers]
         ids = set(map(id, scales))
         weights = [parameter for parameter in model.parameters() if id(parameter) not in ids]
-        sgd = torch.optim.SGD(weights, args.lr, momentum=0.9, weight_decay=args.weight_decay)
-        self.optimizers = [sgd, torch.optim.Adam(scales, args.scale_lr)] if scales else [sgd]
+        sgd = torch.optim.SGD(weights, args.lr, momentum=0.9, weight_decay=args.weight_decay,
+                              fused=True)
+        adam = [torch.optim.Adam(scales, args.scale_lr, fused=True)] if scales else []
+        self.optimizers = [sgd, *adam]
         self.tracker = OscillationTracker(model, args.osc_momentum)
         if args.trace and args.trace not in self.tracker.layers:
             raise UserError(f"--trace {args.trace}: no tracked layer; there are "
