@@ -51,7 +51,14 @@ def quantize_to_int(x: Tensor, scale: Tensor, int_min: int, int_max: int) -> Ten
     where another formula for the same thing (x * (1/s), as in torch's fused kernels) rounds the
     other way.
     """
-    return torch.div(x, scale).round_().clamp_(int_min, int_max)
+    compiled_gpu = x.is_cuda and torch.compiler.is_compiling()
+    u = (exact_division if compiled_gpu else torch.div)(x, scale)
+    return u.round_().clamp_(int_min, int_max)
+
+
+def exact_division(x: Tensor, scale: Tensor) -> Tensor:
+    """x / s to the last bit, by way of float64: compiled for a GPU, a float32 division is not."""
+    return torch.div(x.double(), scale.double()).to(x.dtype)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

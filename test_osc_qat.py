@@ -178,18 +178,24 @@ def test_no_estimator_turns_a_gradient_round():
     assert ESTIMATORS["dsq"](torch.ones_like(u), u).mean().item() == pytest.approx(1, rel=1e-3)
 
 
+def thresholds(q, scale):
+    """Every rounding threshold of the grid, and one ulp above and below."""
+    x = (torch.arange(q.int_min - 1, q.int_max + 1) + 0.5) * scale
+    return torch.cat([x, x.nextafter(x + 1), x.nextafter(x - 1)])
+
+
 @GRIDS
 def test_forward_and_to_int_agree_at_every_threshold_and_one_ulp_beside_it(bits, signed):
     """Eq. 1: an oscillating weight lives on its threshold; other formulas round otherwise."""
     q = Quantizer(bits, signed)
     for scale in torch.rand(20) * 0.3 + 0.01:
         q.scale.data.fill_(scale)
-        x = (torch.arange(q.int_min - 1, q.int_max + 1) + 0.5) * scale
-        x = torch.cat([x, x.nextafter(x + 1), x.nextafter(x - 1)])
+        x = thresholds(q, scale)
         quotients = torch.tensor([w / scale.item() for w in x.tolist()]).tolist()  # rounded once
         expected = [min(max(round(u), q.int_min), q.int_max) for u in quotients]
         assert q.to_int(x).tolist() == expected
         assert (q(x) / scale).round().tolist() == expected
+        assert osc_qat.exact_division(x, scale).tolist() == quotients  # the compiled GPU's way
 
 
 @PER_CHANNEL
@@ -1420,7 +1426,7 @@ def test_under_amp_quantizers_trackers_and_bn_stay_in_float32(
 
 
 def test_a_compiled_network_has_the_loss_and_the_gradients_of_the_eager_one():
-    """What torch.compile captures, forward and backward; the code made of it takes a minute."""
+    """What torch.compile captures of a network, forward and backward."""
     model, batches, ends = small_net(3, 4, per_channel=True).train(), images(), []
     calibrate(model, batches)
     model[8].p = 0.0  # dropout
@@ -1430,6 +1436,23 @@ def test_a_compiled_network_has_the_loss_and_the_gradients_of_the_eager_one():
         loss.backward()
         ends.append([loss, {name: p.grad for name, p in net.named_parameters()}, net.state_dict()])
     assert_close(*ends, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no compiler")
+def test_the_code_that_torch_compile_makes_rounds_as_to_int_does_at_every_threshold():
+    """Eq. 1 and the gradients, in the machine code itself: about 15 seconds to make."""
+    q = Quantizer(4)
+    compiled = torch.compile(q, fullgraph=True)
+    for scale in torch.rand(20) * 0.3 + 0.01:
+        q.scale.data.fill_(scale)
+        x = thresholds(q, scale).view(1, -1, 1, 1)
+        g, ends = torch.randn_like(x), []
+        for call in (compiled, q):
+            leaf = x.clone().requires_grad_()
+            x_hat = call(leaf)
+            ends.append([(x_hat / scale).round(), *torch.autograd.grad(x_hat, (leaf, q.scale), g)])
+        assert torch.equal(ends[0][0], q.to_int(x))
+        assert_close(*ends, rtol=1e-4, atol=1e-5)
 
 
 # --- README ---------------------------------------------------------------------------------------
