@@ -585,13 +585,13 @@ class OscillationTracker:
         oscillates = (change * self.last_change).lt_(0)
         # f_t = m o_t + (1 - m) f_{t-1}
         self.f.lerp_(oscillates, m)
-        self.last_change = torch.where(change != 0, change, self.last_change)
+        torch.where(change != 0, change, self.last_change, out=self.last_change)
         if freeze_threshold is not None and self.layers:
             w_int = self._freeze(self.f > freeze_threshold, w_int)
         # EMA_t(w_int) = m w_int + (1 - m) EMA_{t-1}(w_int)
         # Deviation: from the first iteration on; the released code starts it when freezing starts.
         self.ema_int.lerp_(w_int, m)
-        self.w_int = w_int
+        self.w_int.copy_(w_int)
 
     def _freeze(self, above: Tensor, w_int: Tensor) -> Tensor:
         """Freezes weights above the threshold at round(EMA_{t-1}(w_int)); returns all integers."""
