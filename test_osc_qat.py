@@ -546,8 +546,12 @@ def test_a_checkpoint_restores_tracker_frozen_weights_and_signs_of_grids():
             follower.step(0.3)
     assert tracker.frozen_share() == 1
     assert_same(snapshot(twin, resumed), snapshot(model, tracker))
-    with pytest.raises(ValueError, match="other layers"):
-        OscillationTracker(small_net(), max_bits=8).load_state_dict(saved["tracker"])
+    for tracker, state in ((OscillationTracker(small_net(), max_bits=8), saved["tracker"]),
+                           (resumed, {"w_int": resumed.w_int + 1})):
+        before = tracker.state_dict()
+        with pytest.raises(ValueError, match="other layers"):
+            tracker.load_state_dict(state)
+        assert_same(tracker.state_dict(), before)
 
 
 # --- Section 3: dampening, and the schedules ------------------------------------------------------
@@ -633,6 +637,69 @@ def test_bn_kl_divergence_is_that_of_torch_distributions():
         assert_close(divergence[name], kl_divergence(p, q).float())
 
 
+# --- Table 3: what the oscillating weights cost ---------------------------------------------------
+
+
+def oscillating_net(share):
+    """Weights 0 or 1 by chance, those of a mask oscillating with this share of time in the 1."""
+    model = small_net()
+    tracker, frozen = freeze_half(model)
+    tracker.f[:] = torch.rand(tracker.f.shape)  # frozen ones among the frequent
+    tracker.ema_int[:] = share
+    masks = {name: (f > 0.5) & ~frozen[name] for name, f in tracker.frequency().items()}
+    return model, tracker, masks
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, -0.8])
+def test_sampling_takes_the_upper_state_by_its_share_of_time_and_touches_nothing_else(share):
+    """Table 3: p(w_up) from the EMA of the integers; 400 draws of 91 weights."""
+    model, tracker, masks = oscillating_net(share)
+    layers, drawn = quant_layers(model, 4), {name: [] for name in masks}
+    before, generator = snapshot(model, tracker), torch.Generator().manual_seed(1)
+    number = sum(mask.sum() for mask in masks.values())
+    for _ in range(400):
+        assert osc_qat.sample_oscillating_weights(model, tracker, generator, 0.5) == number > 80
+        for name, layer in layers.items():
+            drawn[name].append(layer.weight_int()[masks[name]])
+    drawn = torch.stack([torch.cat(draws) for draws in zip(*drawn.values())])
+    assert ((drawn == math.floor(share)) | (drawn == math.floor(share) + 1)).all()
+    p = share - math.floor(share)
+    assert abs(drawn.mean() - share) <= 4 * math.sqrt(p * (1 - p) / drawn.numel())
+    assert p == 0 or (drawn.mean(0) - share).abs().max() < 6 * math.sqrt(p * (1 - p) / 400)
+    for name, layer in layers.items():
+        layer.weight.data[masks[name]] = before[0][f"{name}.weight"][masks[name]]
+    assert_same(snapshot(model, tracker), before)
+
+
+def test_binary_optimisation_finds_the_best_of_all_choices_together():
+    """Table 3, AdaRound: against the task loss of all 2^8 roundings of eight weights."""
+    F = nn.functional
+    model = quantize_model(nn.Sequential(nn.Linear(4, 3)), 3, first_last_bits=3)
+    layer, x = model[0], torch.randn(64, 4)
+    labels = F.linear(x, torch.randn(3, 4)).argmax(1)
+    tracker = OscillationTracker(model)
+    tracker.f[:8] = 1
+    tracker.ema_int[:8] = tracker.w_int[:8].clamp(-3, 2) + torch.rand(8) - 0.5
+    lower, before = tracker.ema_int.floor(), layer.weight_hat().detach()
+    s, losses = layer.weight_quantizer.scale.item(), []
+    for choice in range(2**8):
+        upper = torch.tensor([choice >> k & 1 for k in range(8)])
+        w_hat = torch.cat([s * (lower[:8] + upper), before.flatten()[8:]]).view(3, 4)
+        losses.append(F.cross_entropy(F.linear(x, w_hat, layer.bias), labels).item())
+    for steps, words in ((400, None), (401, "401 steps need as many batches; there were 400")):
+        batches = [(x, labels)] * 400
+        if words:
+            with pytest.raises(ValueError, match=words):
+                osc_qat.optimize_oscillating_weights(model, tracker, batches, steps)
+        else:
+            assert osc_qat.optimize_oscillating_weights(
+                model, tracker, batches, steps, lr=0.05) == 8
+        loss = F.cross_entropy(model(x), labels).item()
+        assert loss == pytest.approx(min(losses), rel=1e-5) and loss < sorted(losses)[1]
+    assert_same(layer.weight_hat().flatten()[8:], before.flatten()[8:])
+    assert not layer.frozen.any()
+
+
 # --- Traps, and bad arguments ---------------------------------------------------------------------
 
 
@@ -661,8 +728,11 @@ def test_calibration_reads_inputs_of_more_than_2_to_24_values():
     calibrate(model, [torch.rand(2**24 + 4, 1)], samples=100)
 
 
-def test_freezing_an_8_bit_network_does_nothing():
-    OscillationTracker(small_net(bits=8)).step(freeze_threshold=0.1)
+def test_freezing_or_dampening_an_8_bit_network_does_nothing():
+    model = small_net(bits=8)
+    OscillationTracker(model).step(freeze_threshold=0.1)
+    dampening_loss(model).backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_refused_network_is_left_as_it_was():
@@ -681,9 +751,23 @@ def test_a_tracker_state_belongs_to_one_moment():
 
 
 def test_integers_of_a_half_precision_network_are_those_of_its_forward():
-    q, x = Quantizer(4).half(), torch.randn(10000).half()
+    q, x = Quantizer(4).half(), torch.randn(10000).half().requires_grad_()
     q.scale.data.fill_(0.1)
     assert torch.equal((q(x) / q.scale).round(), q.to_int(x).float())
+    fake_quantize(x, q.scale, -8, 7).sum().backward()
+    assert x.grad.isfinite().all() and q.scale.grad.isfinite().all()
+
+
+def test_a_half_precision_network_freezes_on_its_grid():
+    """Algorithm 1: w_hat of a frozen weight is that of its integer, whatever the scale's type."""
+    model = small_net().bfloat16()
+    layers = quant_layers(model, 4)
+    before = {name: layer.weight_hat() for name, layer in layers.items()}
+    tracker = OscillationTracker(model)
+    tracker.f += 1
+    tracker.step(freeze_threshold=0.5)
+    assert tracker.frozen_share() == 1
+    assert_same({name: layer.weight_hat() for name, layer in layers.items()}, before)
 
 
 # --- Section 2.2 and appendix A: the toy ----------------------------------------------------------
@@ -1430,6 +1514,8 @@ def test_a_compiled_network_has_the_loss_and_the_gradients_of_the_eager_one():
     model, batches, ends = small_net(3, 4, per_channel=True).train(), images(), []
     calibrate(model, batches)
     model[8].p = 0.0  # dropout
+    model[0].weight_quantizer.per_channel = 1  # one scale, in the shape of many
+    model[0].weight_quantizer.scale = nn.Parameter(torch.tensor([0.01]))
     for net in (model, copy.deepcopy(model)):
         call = net if net is model else torch.compile(net, backend="aot_eager", fullgraph=True)
         loss = nn.functional.cross_entropy(call(batches[0]), torch.arange(4))

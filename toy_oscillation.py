@@ -90,7 +90,7 @@ def oscillate(toy: Toy) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     layer = model.double()[0]  # so that the predictions can be held to their last digits
     layer.weight_quantizer.scale.requires_grad_(False).fill_(toy.scale)
     nearest = torch.where(toy.up > 0.5, toy.lower + toy.scale, toy.lower)
-    start = torch.as_tensor(nearest if toy.start is None else toy.start)
+    start = torch.as_tensor(nearest if toy.start is None else toy.start, dtype=torch.float64)
     layer.weight.data.copy_(start.reshape(-1, 1))
     tracker, generator = OscillationTracker(model), torch.Generator().manual_seed(toy.seed)
     inputs = torch.randn(toy.steps, generator=generator) if toy.noise else torch.ones(toy.steps)
