@@ -1109,6 +1109,25 @@ def test_a_run_writes_log_checkpoints_and_summary(method, pictures, fp32, tmp_pa
     assert f"| {method} | 3/3 |" in capsys.readouterr().out
 
 
+def test_a_summary_averages_over_seeds_and_nothing_else(tmp_path, capsys):
+    """Also where each seed has its own float weights; other widths or data are other settings."""
+    for number, (seed, width, data) in enumerate([(1, 1, "a"), (2, 1, "a"), (2, 0.5, "a"),
+                                                  (2, 1, "b")]):
+        told = {"seed": seed, "width": width, "data": data, "weights": f"runs/seed{seed}/last.pt"}
+        scores = dict.fromkeys(("fp32_top1", "pre_bn_top1", "oscillating", "frozen", "seconds"), 1)
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / f"{number}/summary.json").write_text(json.dumps({
+            "arguments": told, "seed": seed, "model": "m", "method": "lsq", "weight_bits": 3,
+            "act_bits": 3, "post_bn_top1": 10 * number, **scores}))
+    assert train.main(["--summarize", *map(str, sorted(tmp_path.iterdir()))]) == 0
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in (header, *rows)]
+    rows = [dict(zip(cells[0], row)) for row in cells[1:]]
+    assert [(row["runs"], row["post-BN"]) for row in rows] == [
+        ("2", "5.00 ± 7.07"), ("1", "20.00"), ("1", "30.00")]
+    assert "seed" not in header and "weights" not in header
+
+
 def test_an_export_gives_bit_for_bit_the_logits_of_the_checkpoint(pictures, fp32, tmp_path, capsys):
     train.main(qat(pictures, fp32, tmp_path, "--method", "freeze", "--epochs", 1))
     args = train.parse(["--evaluate", str(tmp_path / "last.pt"), "--data", str(pictures),
@@ -1142,6 +1161,10 @@ def test_unreadable_pictures_are_named_skipped_and_counted(pictures, fp32, tmp_p
     names = [Path(path).name for path, _ in data.sets["train"].samples]
     deep, _ = data.sets["train"][names.index("16bit.png")]
     assert deep.mean().item() == pytest.approx(40000 / 65535, abs=0.01)
+    for path in (root / "val").rglob("*.*"):
+        path.write_bytes(b"no picture")
+    assert train.main(qat(root, fp32, tmp_path / "blind", "--method", "lsq")) == 2
+    assert "no validation image" in capsys.readouterr().err.splitlines()[-1]
 
 
 # --- train.py: bad input is one line and exit status 2 --------------------------------------------
@@ -1186,7 +1209,9 @@ def test_a_number_out_of_range_is_refused_by_name(flag, value, capsys):
     ("--output file/below --weights w.pt", "--output file/below"),
     ("--output unfinished --weights w.pt", "--resume"),
     ("--output broken --resume", "--resume broken/last.pt"),
-    ("--output newer --resume", "newer train.py"), ("--evaluate w.pt", "no checkpoint")])
+    ("--output newer --resume", "newer train.py"), ("--evaluate w.pt", "no checkpoint"),
+    ("--weights DEFAULT", "give --width 1"), ("--weights negative.pt", "--weights: do not work"),
+    ("--benchmark --batch-size 1 --image-size 32", "at least 2 images")])
 def test_bad_input_is_one_line_and_loses_nothing(argv, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in ("empty", "hollow/train/a", "hollow/val/a", "unfinished", "broken", "newer"):
@@ -1200,7 +1225,10 @@ def test_bad_input_is_one_line_and_loses_nothing(argv, words, capsys, tmp_path, 
     for path in ("file", "unfinished/last.pt", "broken/last.pt"):
         Path(path).write_text("kept")
     torch.save({"version": 99, "network": {}}, "newer/last.pt")
-    torch.save(train.build_model("mobilenet_v2", 40, width=0.35).state_dict(), "w.pt")
+    model = train.build_model("mobilenet_v2", 40, width=0.35)
+    torch.save(model.state_dict(), "w.pt")
+    model.features[0][1].running_var -= 9
+    torch.save(model.state_dict(), "negative.pt")
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     assert words in refusal(argv.split(), capsys)
     assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
@@ -1213,9 +1241,40 @@ def test_resuming_another_command_says_what_differs(pictures, fp32, tmp_path, ca
     line = refusal([*command, "--resume", "--method", "freeze", "--bits", 4], capsys)
     assert "--method lsq there, freeze here" in line and "--bits 3 there, 4 here" in line
     before = (tmp_path / "last.pt").read_bytes()
-    line = refusal([*command, "--lr", 0.02], capsys)  # nor is a finished run overwritten
-    assert f"--output {tmp_path}" in line and "0.02 here" in line
+    for flag, value in (("--lr", 0.02), ("--width", 0.2)):  # nor is a finished run overwritten
+        line = refusal([*command, flag, value], capsys)
+        assert f"--output {tmp_path}" in line and f"{flag} " in line and f"{value} here" in line
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_an_export_is_neither_resumed_nor_put_over_its_checkpoint(pictures, fp32, tmp_path, capsys):
+    command = qat(pictures, fp32, tmp_path, "--method", "lsq", "--epochs", 1)
+    assert train.main(command) == 0
+    evaluate = ["--evaluate", tmp_path / "last.pt", "--data", pictures, "--workers", 0, "--export"]
+    capsys.readouterr()
+    before = (tmp_path / "last.pt").read_bytes()
+    assert "the checkpoint itself" in refusal([*evaluate, tmp_path / "last.pt"], capsys)
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert train.main([str(part) for part in [*evaluate, tmp_path / "small.pt"]]) == 0
+    (tmp_path / "small.pt").replace(tmp_path / "last.pt")
+    assert "is an export" in refusal([*command, "--resume"], capsys)
+
+
+@pytest.mark.parametrize("error, words", [
+    (RuntimeError("[enforce fail] can't allocate memory: you tried"), "--batch-size"),
+    (RuntimeError("DataLoader worker is killed; out of shared memory"), "--workers"),
+    (RuntimeError("InvalidCxxCompiler: none"), "--compile"),
+    (PermissionError(13, "Permission denied", "runs/x/last.pt"), "runs/x/last.pt")])
+def test_what_the_machine_lacks_is_told_with_the_flag_that_asks_for_it(
+        error, words, capsys, monkeypatch):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(train, "train", fail)
+    assert words in refusal(["--compile"], capsys)
+    if words == "--compile":  # without the flag it is a bug, with its traceback
+        with pytest.raises(RuntimeError):
+            train.main([])
 
 
 def test_benchmark_times_all_methods_in_turn(tmp_path, capsys):
@@ -1226,6 +1285,7 @@ def test_benchmark_times_all_methods_in_turn(tmp_path, capsys):
     assert content["tracker_ms"] > 0 < content["dampening_ms"] and content["tracked_weights"] > 0
     assert [row["method"] for row in rows] == ["fp32", "lsq", "dampen", "freeze"]
     assert rows[1]["saved_mb"] == rows[3]["saved_mb"] > rows[0]["saved_mb"] > 0
+    assert all(row["peak_mb"] > row["saved_mb"] for row in rows)
 
 
 # --- train.py: hard to break, and more than one process -------------------------------------------

