@@ -781,11 +781,13 @@ class Run:
     def finish(self) -> None:
         """Writes summary.json and prints the table."""
         args, row, float_ = self.args, self.rows[-1], self.args.method == "fp32"
+        scores = ("pre_bn_top1", "post_bn_top1", "oscillating", "frozen", "loss")
         summary = {"model": args.model, "width": self.model.network["width"], "method": args.method,
                    "weight_bits": 32 if float_ else args.bits,
                    "act_bits": 32 if float_ else args.act_bits, "seed": args.seed,
                    "fp32_top1": row["pre_bn_top1"] if float_ else self.fp32_top1,
-                   **row, "epochs": args.epochs, "seconds": time.perf_counter() - self.begun,
+                   **{key: row[key] for key in scores},
+                   "epochs": args.epochs, "seconds": time.perf_counter() - self.begun,
                    "arguments": vars(args)}
         if self.ranks[0] == 0:
             save_atomically(json_bytes(summary), self.output / "summary.json")
@@ -1250,7 +1252,7 @@ def summarize(args: argparse.Namespace) -> None:
     shown = (*FREE, "method", "model", "bits", "act_bits", "seed", "trace")
 
     def value(s: dict, key: str) -> str:  # weights of the same name but for the seed are alike
-        return str(s["arguments"].get(key)).replace(f"seed{s['seed']}", "seed*")
+        return str(s.get(key, s["arguments"].get(key))).replace(f"seed{s['seed']}", "seed*")
 
     varied = [key for key in summaries[0]["arguments"] if key not in shown
               and len({value(summary, key) for summary in summaries}) > 1]
