@@ -1386,7 +1386,8 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(
             process.join()
             exit_code, last = process.exitcode, output / "last.pt"
             if exit_code == -9:
-                kills.append(torch.load(last)["step"] if last.exists() else "none")
+                step = torch.load(last, weights_only=True)["step"] if last.exists() else "none"
+                kills.append(step)
         assert_same_end(output, whole[0])
     print(f"{runs} runs, killed with checkpoints of steps {kills}")
 
@@ -1418,7 +1419,7 @@ def test_a_signal_saves_and_leaves_with_one_line_and_resuming_ends_the_same(
     with pytest.MonkeyPatch.context() as patch:
         strike(method, step, partial(send, number), patch.setattr)
         assert f"by a signal at step {saved or 0} of 6; the same" in refusal(command, capsys)
-    assert saved == (torch.load(last)["step"] if last.exists() else None)
+    assert saved == (torch.load(last, weights_only=True)["step"] if last.exists() else None)
     assert train.main(command) == 0
     assert_same_end(tmp_path, whole[0])
 
@@ -1490,7 +1491,7 @@ def pair(fork, pictures, fp32, tmp_path_factory):
     output, keep = tmp_path_factory.mktemp("pair"), ("must_stop", 6, keep_state)
     ends = two_ranks(fork, shared_run(pictures, fp32, output), output / "rank_errors", keep, keep)
     assert ends == ([0, 0], ["", ""])
-    states = [torch.load(output / f"rank{rank}") for rank in (0, 1)]
+    states = [torch.load(output / f"rank{rank}", weights_only=True) for rank in (0, 1)]
     for path in output.glob("rank*"):
         path.unlink()
     return output, states
