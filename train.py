@@ -128,7 +128,10 @@ class SamePad(nn.Module):
 
 
 def efficientnet_lite0(num_classes: int, layout: str | None) -> nn.Module:
-    """The network, of torchvision's blocks; layout "tensorflow": SAME padding and BN eps 1e-3."""
+    """The network, of torchvision's blocks; layout "tensorflow": SAME padding and BN eps 1e-3.
+
+    Paper silent on stochastic depth: off, as --dropout is the one regulariser of all networks here.
+    """
     tensorflow = layout == "tensorflow"
     rows = [MBConvConfig(*row, block=partial(MBConv, se_layer=nn.Identity)) for row in LITE0]
     norm_layer = partial(nn.BatchNorm2d, eps=1e-3 if tensorflow else 1e-5)
