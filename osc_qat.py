@@ -48,11 +48,9 @@ MIN_SCALE = torch.finfo(torch.float32).eps  # a scale's floor, too small to be a
 def quantize_to_int(x: Tensor, scale: Tensor, int_min: int, int_max: int) -> Tensor:
     """Integers clip(round(x / s), n, p) of Eq. 1, in x's shape and dtype; half rounds to even.
 
-    Arguments as for fake_quantize, but x and scale are in float32 or wider.
-
-    Forward pass, tracker and export all round here. An oscillating weight lives on the threshold,
-    where another formula for the same thing (x * (1/s), as in torch's fused kernels) rounds the
-    other way.
+    Arguments as for fake_quantize, but x and scale are in float32 or wider. Forward pass, tracker
+    and export all round here. An oscillating weight lives on the threshold, where another formula
+    for the same thing (x * (1/s), as in torch's fused kernels) rounds the other way.
     """
     compiled_gpu = x.is_cuda and torch.compiler.is_compiling()
     u = (exact_division if compiled_gpu else torch.div)(x, scale)
