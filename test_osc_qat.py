@@ -1045,6 +1045,18 @@ def test_embedded_batches_depend_on_seed_epoch_and_step_only():
     assert len(trained) == len(trained.unique())
 
 
+def test_without_data_the_embedded_set_is_announced_and_no_epochs_only_score(tmp_path, capsys):
+    """And what a kill left half-written goes."""
+    (tmp_path / "last.pt.1.part").write_text("half")
+    flags = "--method fp32 --epochs 0 --image-size 16 --width 0.1 --bn-batches 2 --output".split()
+    assert train.main([*flags, str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "embedded" in out.splitlines()[0] and "loss" not in out
+    assert json.loads((tmp_path / "summary.json").read_text())["loss"] is None
+    names = ["best.pt", "last.pt", "log.csv", "summary.json"]
+    assert sorted(os.listdir(tmp_path)) == names
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """Three classes of bright, dark and striped 20-pixel pictures in ImageNet layout."""
