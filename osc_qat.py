@@ -40,9 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# --------------------------------------------------------------------------------------------------
-# Section 2.1: the quantizer, and the gradients that pass through it
-# --------------------------------------------------------------------------------------------------
+# --- Section 2.1: the quantizer, and the gradients that pass through it ---------------------------
 
 MIN_SCALE = torch.finfo(torch.float32).eps  # a scale's floor, too small to be a useful value
 
@@ -54,14 +52,11 @@ def quantize_to_int(x: Tensor, scale: Tensor, int_min: int, int_max: int) -> Ten
     and export all round here. An oscillating weight lives on the threshold, where another formula
     for the same thing (x * (1/s), as in torch's fused kernels) rounds the other way.
     """
-    compiled_gpu = x.is_cuda and torch.compiler.is_compiling()
-    u = (exact_division if compiled_gpu else torch.div)(x, scale)
+    if x.is_cuda and torch.compiler.is_compiling():  # whose float32 division errs in the last bit
+        u = torch.div(x.double(), scale.double()).to(x.dtype)
+    else:
+        u = torch.div(x, scale)
     return u.round_().clamp_(int_min, int_max)
-
-
-def exact_division(x: Tensor, scale: Tensor) -> Tensor:
-    """x / s in x's dtype, to the last bit by way of float64: a GPU's compiled float32 is not."""
-    return torch.div(x.double(), scale.double()).to(x.dtype)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -78,31 +73,18 @@ def at_least_float32(x: Tensor) -> Tensor:
 EWGS_DELTA, PSG_EPS, DSQ_K = 0.2, 0.01, 5.0
 
 
-def ste(g: Tensor, u: Tensor) -> Tensor:
-    """Straight-through estimator, Eq. 2: g. Bengio et al. 2013."""
-    return g
-
-
-def ewgs(g: Tensor, u: Tensor) -> Tensor:
-    """Element-wise gradient scaling: g (1 + delta sign(g) (u - round(u))). Lee et al. 2021."""
-    return g * (1 + EWGS_DELTA * g.sign() * (u - u.round()))
-
-
-def psg(g: Tensor, u: Tensor) -> Tensor:
-    """Position-based scaled gradient: g (|u - round(u)| + eps). Kim et al. 2020."""
-    return g * ((u - u.round()).abs() + PSG_EPS)
-
-
-def dsq(g: Tensor, u: Tensor) -> Tensor:
-    """Differentiable soft quantization: the slope of a tanh in each bin. Gong et al. 2019.
-
-    g k/2 sech^2(k (u - floor(u) - 1/2)) / tanh(k/2)
-    """
-    sech = 1 / torch.cosh(DSQ_K * (u - u.floor() - 0.5))
-    return g * sech.square() * (DSQ_K / 2 / math.tanh(DSQ_K / 2))
-
-
-ESTIMATORS = {"ste": ste, "ewgs": ewgs, "dsq": dsq, "psg": psg}
+ESTIMATORS = {
+    # Straight-through estimator, Eq. 2: g. Bengio et al. 2013
+    "ste": lambda g, u: g,
+    # Element-wise gradient scaling: g (1 + delta sign(g) (u - round(u))). Lee et al. 2021
+    "ewgs": lambda g, u: g * (1 + EWGS_DELTA * g.sign() * (u - u.round())),
+    # Differentiable soft quantization, the slope of a tanh in each bin. Gong et al. 2019
+    # g k/2 sech^2(k (u - floor(u) - 1/2)) / tanh(k/2)
+    "dsq": lambda g, u: (g * DSQ_K / 2 / math.tanh(DSQ_K / 2)
+                         / torch.cosh(DSQ_K * (u - u.floor() - 0.5)).square()),
+    # Position-based scaled gradient: g (|u - round(u)| + eps). Kim et al. 2020
+    "psg": lambda g, u: g * ((u - u.round()).abs() + PSG_EPS),
+}
 
 
 def check_estimator(name: str) -> None:
@@ -161,11 +143,9 @@ def fake_quantize(x: Tensor, scale: Tensor, int_min: int, int_max: int,
         x: real tensor of one or more dimensions; half precision is quantized in float32.
         scale: step size s > 0; one element, or broadcastable to x (one per output channel).
         int_min, int_max: integer limits n < p of the grid.
-        estimator: name in ESTIMATORS; it shapes the gradient to x only.
+        estimator: name in ESTIMATORS (or ValueError); it shapes the gradient to x only.
     Returns:
         Tensor of x's shape with values on the grid s * {n, ..., p}.
-    Raises:
-        ValueError: for an unknown estimator.
     """
     check_estimator(estimator)
     x, scale = at_least_float32(x), at_least_float32(scale)
@@ -176,12 +156,10 @@ class Quantizer(nn.Module):
     """Uniform symmetric quantizer with a learned scale (Eq. 1).
 
     Args:
-        bits: 2 to 8.
+        bits: 2 to 8, or ValueError.
         signed: grid -2^(b-1) .. 2^(b-1)-1; unsigned: 0 .. 2^b-1.
         per_channel: number of output channels (dimension 0 of x) with a scale each; 0 = one scale.
-        estimator: name in ESTIMATORS.
-    Raises:
-        ValueError: for bits outside 2..8 or an unknown estimator.
+        estimator: name in ESTIMATORS, or ValueError.
     """
 
     def __init__(self, bits: int, signed: bool = True, per_channel: int = 0,
@@ -238,10 +216,7 @@ class Quantizer(nn.Module):
 
         x is a real tensor of any shape; per channel, (per_channel, ...). Searches max|x| / p times
         1/64 .. 96/64, then around the best in finer steps. The upper part is for few values or
-        large n = -p - 1. All zeros keep scale 1.
-
-        Raises:
-            ValueError: where x is empty or not finite.
+        large n = -p - 1. All zeros keep scale 1. ValueError where x is empty or not finite.
         """
         if not (x.numel() and x.isfinite().all()):
             raise ValueError("cannot set a scale from values that are missing, NaN or infinite")
@@ -269,9 +244,7 @@ class Quantizer(nn.Module):
         self.signed = bool(state)
 
 
-# --------------------------------------------------------------------------------------------------
-# Section 4 (5 on arXiv), set-up: quantized layers and networks
-# --------------------------------------------------------------------------------------------------
+# --- Section 4 (5 on arXiv), set-up: quantized layers and networks --------------------------------
 
 
 class QuantLayer:
@@ -432,19 +405,17 @@ def refuse_unfit(model: nn.Module, names: dict[nn.Module, list[str]]) -> None:
             owners.setdefault(parameter, []).append(name)
     unfit = []
     for layer, (name, *_) in names.items():
-        own = dict(layer.named_parameters(recurse=False))
-        if type(layer) not in SWAPS:
+        weight = dict(layer.named_parameters(recurse=False)).get("weight")  # None: computed
+        if len(owners.get(weight, [])) > 1:
+            unfit.append(f"{name} (its weight is that of {' and '.join(owners[weight])})")
+        elif (type(layer) not in SWAPS or weight is None
+                or getattr(layer, "padding_mode", "zeros") != "zeros"):
             unfit.append(f"{name} ({type(layer).__name__})")
-        elif "weight" not in own:  # weight norm, pruning: a hook makes it from other parameters
-            unfit.append(f"{name} (weight is computed from {', '.join(own)})")
-        elif len(owners[layer.weight]) > 1:
-            unfit.append(f"{name} (one weight in {' and '.join(owners[layer.weight])})")
-        elif getattr(layer, "padding_mode", "zeros") != "zeros":
-            unfit.append(f"{name} (padding_mode {layer.padding_mode!r})")
     if unfit:
         more = f" and {len(unfit) - 3} more" if len(unfit) > 3 else ""
-        raise ValueError(f"cannot quantize {', '.join(unfit[:3])}{more}; only Conv2d and Linear "
-                         "with weights of their own. leave_float takes names to leave in float")
+        raise ValueError(f"cannot quantize {', '.join(unfit[:3])}{more}: only plain Conv2d and "
+                         "Linear, zero padding, a weight that is neither shared nor computed. "
+                         "leave_float takes names to leave in float")
 
 
 def images_of(batches: Iterable, model: nn.Module) -> Iterable[Tensor]:
@@ -512,9 +483,7 @@ def calibrate(model: nn.Module, batches: Iterable, samples: int = 2**15) -> None
         quantizer.initialize(torch.cat(samples_seen))
 
 
-# --------------------------------------------------------------------------------------------------
-# Section 2.3.1 and Table 1: batch norm under oscillation
-# --------------------------------------------------------------------------------------------------
+# --- Section 2.3.1 and Table 1: batch norm under oscillation --------------------------------------
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -542,7 +511,7 @@ def batch_statistics(model: nn.Module, momentum: float | None):
             for bn, (own_momentum, own_buffers) in before.items():
                 bn.momentum = own_momentum
                 for buffer, own in zip(bn.buffers(), own_buffers):
-                    buffer.detach().copy_(own)
+                    buffer.copy_(own)
 
 
 @torch.no_grad()
@@ -550,15 +519,12 @@ def reestimate_bn(model: nn.Module, batches: Iterable) -> None:
     """Replaces BN's running statistics by the plain mean of the statistics of the given batches.
 
     The remedy of section 2.3.1 for statistics that went stale under oscillating weights. Variances
-    are the unbiased ones that BN itself keeps. Modes, momenta, weights and trackers do not change;
-    neither does a BN that no batch reaches, nor any where a batch fails.
+    are the unbiased ones that BN itself keeps. All else stays; where a batch fails, BN too.
 
     Args:
-        model: any network; without BN nothing happens.
+        model: any network; a BN that no batch reaches keeps its statistics.
         batches: training images (N, 3, H, W), or tuples that begin with them; the released code
-            takes 50 batches of 128.
-    Raises:
-        ValueError: where there is no batch.
+            takes 50 batches of 128. Without any: ValueError.
     """
     done, bns = 0, batch_norms(model).values()
     with batch_statistics(model, None):
@@ -581,15 +547,12 @@ def bn_kl_divergence(model: nn.Module, batches: Iterable) -> dict[str, Tensor]:
 
     Paper silent on how p is taken: here mean and variance of all inputs of the layer over all
     batches, while BN normalises by the batch, as in training. So a layer is charged with its own
-    stale statistics only.
+    stale statistics only. The model stays as it was.
 
     Args:
-        model: any network with BN; it is left as it was.
-        batches: training images (N, 3, H, W), or tuples that begin with them.
+        model, batches: as for reestimate_bn. Every BN must be reached, or ValueError.
     Returns:
         BN layer name -> D(p, q) >= 0, in nats, of shape (channels,), float32 on the CPU.
-    Raises:
-        ValueError: where there is no batch.
     """
     bns = batch_norms(model)
     sums = {bn: torch.zeros(3, bn.num_features, dtype=torch.float64) for bn in bns.values()}
@@ -606,42 +569,36 @@ def bn_kl_divergence(model: nn.Module, batches: Iterable) -> dict[str, Tensor]:
             model(images)
     if any(not total[0].all() for total in sums.values()):
         raise ValueError("the KL divergence needs at least one batch")
-    return {name: _normal_kl(*sums[bn], bn) for name, bn in bns.items()}
+    divergence = {}
+    for name, bn in bns.items():
+        count, total, squares = sums[bn]
+        mean_p, mean_q = total / count, bn.running_mean.double().cpu()
+        # Deviation: bn.eps in both variances, as BN normalises with it, against dead channels.
+        var_p = squares / count - mean_p.square() + bn.eps
+        var_q = bn.running_var.double().cpu() + bn.eps
+        # D(p, q) = log(sigma_q/sigma_p) + (sigma_p^2 + (mu_p - mu_q)^2) / (2 sigma_q^2) - 1/2
+        quotient = (var_p + (mean_p - mean_q).square()) / (2 * var_q)
+        divergence[name] = ((var_q / var_p).log() / 2 + quotient - 0.5).float()
+    return divergence
 
 
-def _normal_kl(count: Tensor, total: Tensor, squares: Tensor, bn: nn.Module) -> Tensor:
-    mean_p, mean_q = total / count, bn.running_mean.double().cpu()
-    # Deviation: bn.eps in both variances, as BN normalises with it; a dead channel is not infinite.
-    var_p = squares / count - mean_p.square() + bn.eps
-    var_q = bn.running_var.double().cpu() + bn.eps
-    # D(p, q) = log(sigma_q / sigma_p) + (sigma_p^2 + (mu_p - mu_q)^2) / (2 sigma_q^2) - 1/2 Table 1
-    quotient = (var_p + (mean_p - mean_q).square()) / (2 * var_q)
-    return ((var_q / var_p).log() / 2 + quotient - 0.5).float()
-
-
-# --------------------------------------------------------------------------------------------------
-# Section 3 (4 on arXiv), Eq. 4 and Algorithm 1: count oscillations, freeze what oscillates
-# --------------------------------------------------------------------------------------------------
+# --- Section 3 (4 on arXiv), Eq. 4 and Algorithm 1: count oscillations, freeze what oscillates ----
 
 
 class OscillationTracker:
     """Oscillation frequency of every low-bit weight (Eq. 4), and iterative freezing (Algorithm 1).
 
-    Call `step` once after each optimizer step and nowhere else: evaluation, BN re-estimation and
-    gradient accumulation leave the integers alone, and would only make the frequencies decay. All
-    layers are one flat vector here: a dozen passes over it, however many layers there are.
+    Call `step` once after each optimizer step and nowhere else. All layers are one flat vector
+    here: a dozen passes over it, however many layers there are.
+    Deviation: the released code tracks in every forward pass, evaluation too, where nothing
+    changes. Its f is lower, so its published f_th freeze more here.
 
     Args:
         model: from quantize_model, on its device.
-        momentum: m of both EMAs, above 0 and at most 1. Paper silent: the released code has 0.001,
-            for 10^5 and more steps; a run of 10^3 steps needs a shorter memory. One reversal raises
-            f by m: a threshold below m counts, or freezes, a weight that reversed once.
+        momentum: m of both EMAs, above 0 and at most 1, or ValueError. Paper silent: the released
+            code has 0.001, for 10^5 and more steps; 10^3 steps need a shorter memory. One reversal
+            raises f by m: a threshold below m counts, or freezes, a weight that reversed once.
         max_bits: layers with more weight bits are not tracked (released code: 4).
-    Raises:
-        ValueError: for a momentum outside 0..1.
-
-    Deviation: the released code tracks in every forward pass, evaluation too, where nothing
-    changes. Its f is lower, so its published f_th freeze less here.
     """
 
     def __init__(self, model: nn.Module, momentum: float = 0.001, max_bits: int = 4):
@@ -724,8 +681,8 @@ class OscillationTracker:
     def oscillating_masks(self, threshold: float | None = None) -> dict[str, Tensor]:
         """Weights with f_t > threshold that are not frozen, by layer: W, bool.
 
-        None is 5 m, the paper's 0.005 at m = 0.001: above it after about six reversals in short
-        order, or one in every 1 / (5 m) steps. From m = 0.2 on nothing is above it.
+        None is 5 m, the paper's 0.005 at m = 0.001: more than five reversals in short order, or
+        more than one in 1 / (5 m) steps for long. From m = 0.2 on, none.
         """
         threshold = 5 * self.momentum if threshold is None else threshold
         frozen = self.frozen()
@@ -759,9 +716,8 @@ class OscillationTracker:
         own = self.state_dict()
         wrong = [f"no {name}" for name in own if name not in state]
         wrong += [f"unknown {name}" for name in state if name not in own]
-        wrong += [f"{name} {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
-                  for name, tensor in own.items()
-                  if name in state and state[name].shape != tensor.shape]
+        wrong += [f"{name} {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
+                  for name in own if name in state and state[name].shape != own[name].shape]
         if not wrong and not math.isclose(state["momentum"], self.momentum, rel_tol=1e-6):
             wrong = [f"momentum {state['momentum']:.6g}, not {self.momentum:.6g}"]
         if wrong:
@@ -771,9 +727,7 @@ class OscillationTracker:
             getattr(self, part).copy_(self._gather(state[f"{name}.{part}"] for name in self.layers))
 
 
-# --------------------------------------------------------------------------------------------------
-# Section 3 (4 on arXiv), Eq. 5: dampening, and the schedules of both cures
-# --------------------------------------------------------------------------------------------------
+# --- Section 3 (4 on arXiv), Eq. 5: dampening, and the schedules of both cures --------------------
 
 
 def dampening_loss(model: nn.Module, reduction: str = "sum", max_bits: int = 4) -> Tensor:
@@ -781,27 +735,27 @@ def dampening_loss(model: nn.Module, reduction: str = "sum", max_bits: int = 4) 
 
     Args:
         model: from quantize_model.
-        reduction: "sum", the squared Frobenius norm of Eq. 5; "kernel_mean", the released code's:
-            summed over output channels, averaged over the rest of the kernel. lambda is task loss
-            per squared unit of w, for one of the two: 1e-3 (Table 4) for "sum", the released code's
-            0.1 for "kernel_mean".
+        reduction: "sum", the squared Frobenius norm of Eq. 5, or the released code's "kernel_mean":
+            summed over output channels, averaged over the rest of the kernel; else ValueError.
+            lambda is task loss per squared unit of w, for one of the two: Table 4's 1e-3 for "sum",
+            the released code's 0.1 for "kernel_mean".
         max_bits: Deviation: layers with more weight bits are left out; the released code dampens
             all, the first and the last too. On their fine grids there is little to pull.
-    Raises:
-        ValueError: for an unknown reduction.
     """
     if reduction not in ("sum", "kernel_mean"):
         raise ValueError(f"reduction must be 'sum' or 'kernel_mean', not {reduction!r}")
     loss = torch.zeros((), device=next(model.parameters()).device, requires_grad=True)
     for layer in quant_layers(model, max_bits).values():
         w, q = at_least_float32(layer.weight), layer.weight_quantizer
-        s = q.usable_scale(w.dim()).detach()
         # L_dampen = || w_hat - clip(w, s n, s p) ||_F^2, no gradient through w_hat            Eq. 5
-        # w_hat's straight-through gradient would cancel that of w: no pull.
-        w_clip = w.clamp(s * q.int_min, s * q.int_max)
-        # Deviation: a frozen weight has no part in it, so that its gradient is 0 here as well.
-        w_hat = torch.where(layer.frozen > 0, w_clip.detach(), q(w).detach())
-        norm = F.mse_loss(w_clip, w_hat, reduction="sum")
+        # With one, straight through, it would cancel w's own: no pull would be left.
+        with torch.no_grad():
+            s = q.usable_scale(w.dim())
+            # Outside the grid w_hat is its limit, as clip(w) is: no loss, so w stands for both.
+            # Deviation: a frozen weight has no part in it, so that its gradient is 0 here as well.
+            inside = w.clamp(s * q.int_min, s * q.int_max).eq_(w) * (layer.frozen == 0)
+            w_hat = torch.where(inside > 0, q(w), w)
+        norm = F.mse_loss(w, w_hat, reduction="sum")
         loss = loss + norm / (w[0].numel() if reduction == "kernel_mean" else 1)
     return loss
 
@@ -821,9 +775,7 @@ def cosine_anneal(start: float, end: float, progress: float, warmup: float = 0.2
     return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
 
 
-# --------------------------------------------------------------------------------------------------
-# Section 2.3.2 and Table 3: what the oscillating weights cost (last, as it needs the tracker)
-# --------------------------------------------------------------------------------------------------
+# --- Section 2.3.2 and Table 3: what the oscillating weights cost (last, as it needs the tracker) -
 
 
 @torch.no_grad()
@@ -837,9 +789,8 @@ def sample_oscillating_weights(model: nn.Module, tracker: OscillationTracker,
 
     Args:
         model: the tracker's, or a copy of it.
-        tracker: tells which weights oscillate and where.
+        tracker, threshold: tell which weights oscillate and where, see oscillating_masks.
         generator: of the random numbers, on the CPU.
-        threshold: as for tracker.oscillating_masks.
     Returns:
         The number of weights sampled.
     """
