@@ -24,23 +24,23 @@ makes it happen, the measure that counts it, and two ways to stop it.
     EMA(w_int)   ema_int           W           EMA of the integers
     L_dampen     dampening_loss    scalar      pull to the bin centres        lambda cos(0, 1e-3)
 
-W is the shape of a weight tensor. Integers are integer-valued float tensors unless said otherwise.
-The order is the paper's, but for the networks of its experiments, which everything below them is
-about, and for Table 3, which needs the tracker and comes last. Section 2.2 is toy_oscillation.py.
+W is the shape of a weight tensor. Integers are integer-valued float tensors. The 1e-3 belongs to
+reduction "sum" of dampening_loss. The order is the paper's, with two exceptions: the quantized
+networks of section 4 come early, since the rest works on them, and Table 3 comes last, since it
+needs the tracker. Section 2.2 is toy_oscillation.py.
 """
 
 import math
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# --------------------------------------------------------------------------------------------------
-# Section 2.1: the quantizer, and the gradients that pass through it
-# --------------------------------------------------------------------------------------------------
+# --- Section 2.1: the quantizer, and the gradients that pass through it ---------------------------
 
 MIN_SCALE = torch.finfo(torch.float32).eps  # a scale's floor, too small to be a useful value
 
@@ -52,14 +52,11 @@ def quantize_to_int(x: Tensor, scale: Tensor, int_min: int, int_max: int) -> Ten
     and export all round here. An oscillating weight lives on the threshold, where another formula
     for the same thing (x * (1/s), as in torch's fused kernels) rounds the other way.
     """
-    compiled_gpu = x.is_cuda and torch.compiler.is_compiling()
-    u = (exact_division if compiled_gpu else torch.div)(x, scale)
+    if x.is_cuda and torch.compiler.is_compiling():  # whose float32 division errs in the last bit
+        u = torch.div(x.double(), scale.double()).to(x.dtype)
+    else:
+        u = torch.div(x, scale)
     return u.round_().clamp_(int_min, int_max)
-
-
-def exact_division(x: Tensor, scale: Tensor) -> Tensor:
-    """x / s in x's dtype, to the last bit by way of float64: a GPU's compiled float32 is not."""
-    return torch.div(x.double(), scale.double()).to(x.dtype)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -71,35 +68,28 @@ def at_least_float32(x: Tensor) -> Tensor:
 # All of them multiply g by a positive factor, which is why none of them stops oscillation (A.3).
 # Deviation: EWGS and PSG measure w - q(w) in steps s. In the unit of w, as A.1 has it, their effect
 # would vanish with the scale, which is about 0.05 in a trained layer.
-# Paper silent on the three constants; with these, each factor differs visibly from STE's 1.
+# Paper silent on the three constants. EWGS's, in steps, is the released code's. Its DSQ is ten
+# times softer (k = 0.5), hardly different from STE; PSG it has none.
 EWGS_DELTA, PSG_EPS, DSQ_K = 0.2, 0.01, 5.0
 
 
-def ste(g: Tensor, u: Tensor) -> Tensor:
-    """Straight-through estimator, Eq. 2: g. Bengio et al. 2013."""
-    return g
+ESTIMATORS = {
+    # Straight-through estimator, Eq. 2: g. Bengio et al. 2013
+    "ste": lambda g, u: g,
+    # Element-wise gradient scaling: g (1 + delta sign(g) (u - round(u))). Lee et al. 2021
+    "ewgs": lambda g, u: g * (1 + EWGS_DELTA * g.sign() * (u - u.round())),
+    # Differentiable soft quantization, the slope of a tanh in each bin. Gong et al. 2019
+    # g k/2 sech^2(k (u - floor(u) - 1/2)) / tanh(k/2)
+    "dsq": lambda g, u: (g * DSQ_K / 2 / math.tanh(DSQ_K / 2)
+                         / torch.cosh(DSQ_K * (u - u.floor() - 0.5)).square()),
+    # Position-based scaled gradient: g (|u - round(u)| + eps). Kim et al. 2020
+    "psg": lambda g, u: g * ((u - u.round()).abs() + PSG_EPS),
+}
 
 
-def ewgs(g: Tensor, u: Tensor) -> Tensor:
-    """Element-wise gradient scaling: g (1 + delta sign(g) (u - round(u))). Lee et al. 2021."""
-    return g * (1 + EWGS_DELTA * g.sign() * (u - u.round()))
-
-
-def psg(g: Tensor, u: Tensor) -> Tensor:
-    """Position-based scaled gradient: g (|u - round(u)| + eps). Kim et al. 2020."""
-    return g * ((u - u.round()).abs() + PSG_EPS)
-
-
-def dsq(g: Tensor, u: Tensor) -> Tensor:
-    """Differentiable soft quantization: the slope of a tanh in each bin. Gong et al. 2019.
-
-    g k/2 sech^2(k (u - floor(u) - 1/2)) / tanh(k/2)
-    """
-    sech = 1 / torch.cosh(DSQ_K * (u - u.floor() - 0.5))
-    return g * sech.square() * (DSQ_K / 2 / math.tanh(DSQ_K / 2))
-
-
-ESTIMATORS = {"ste": ste, "ewgs": ewgs, "dsq": dsq, "psg": psg}
+def check_estimator(name: str) -> None:
+    if name not in ESTIMATORS:
+        raise ValueError(f"estimator {name!r} is unknown; choose from {', '.join(ESTIMATORS)}")
 
 
 class FakeQuantize(torch.autograd.Function):
@@ -118,7 +108,8 @@ class FakeQuantize(torch.autograd.Function):
         x, x_hat, scale = ctx.saved_tensors
         int_min, int_max, estimator = ctx.grid
         # dL/dw = dL/dw_hat 1[n <= w/s <= p]                                                 Eq. 2
-        # As s n <= w <= s p, and in place: on a CPU a new tensor costs more than three passes.
+        # The mask is 1 where clip(w, s n, s p) = w. In place: a new tensor is slow on a CPU.
+        # Deviation: the released code's mask is half a bin wider on each side.
         g_inside = x.clamp(scale * int_min, scale * int_max).eq_(x).mul_(g)
         # dw_hat/ds = round(w/s) - w/s inside the grid, n or p where clipped                   LSQ
         # Deviation: without LSQ's optional factor 1/sqrt(numel * p), as in the released code.
@@ -129,8 +120,8 @@ class FakeQuantize(torch.autograd.Function):
                 g_scale = g_scale.sum((0, 2, 3), keepdim=True)
             g_scale = g_scale.sum_to_size(scale.shape)
         else:
-            # The same sum as inner products of tensors that are here anyway. Of MobileNetV2's 105
-            # scales, batch 16, the difference is right to 1e-5 in the median, 6e-4 in the worst.
+            # Equal, as w_hat = s w_int, and faster: no new tensors. The difference of two sums
+            # costs digits: 1e-5 in the median of MobileNetV2's 105 scales, 6e-4 in the worst.
             g_scale = ((inner(g, x_hat) - inner(g_inside, x)) / scale).view(scale.shape)
         if estimator != "ste":
             g_inside = ESTIMATORS[estimator](g_inside, x / scale)
@@ -152,14 +143,11 @@ def fake_quantize(x: Tensor, scale: Tensor, int_min: int, int_max: int,
         x: real tensor of one or more dimensions; half precision is quantized in float32.
         scale: step size s > 0; one element, or broadcastable to x (one per output channel).
         int_min, int_max: integer limits n < p of the grid.
-        estimator: name in ESTIMATORS; it shapes the gradient to x only.
+        estimator: name in ESTIMATORS (or ValueError); it shapes the gradient to x only.
     Returns:
         Tensor of x's shape with values on the grid s * {n, ..., p}.
-    Raises:
-        ValueError: for an unknown estimator.
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator {estimator!r} is unknown; choose from {', '.join(ESTIMATORS)}")
+    check_estimator(estimator)
     x, scale = at_least_float32(x), at_least_float32(scale)
     return FakeQuantize.apply(x, scale, int_min, int_max, estimator)
 
@@ -168,12 +156,10 @@ class Quantizer(nn.Module):
     """Uniform symmetric quantizer with a learned scale (Eq. 1).
 
     Args:
-        bits: 2 to 8.
+        bits: 2 to 8, or ValueError.
         signed: grid -2^(b-1) .. 2^(b-1)-1; unsigned: 0 .. 2^b-1.
         per_channel: number of output channels (dimension 0 of x) with a scale each; 0 = one scale.
-        estimator: name in ESTIMATORS.
-    Raises:
-        ValueError: for bits outside 2..8 or an unknown estimator.
+        estimator: name in ESTIMATORS, or ValueError.
     """
 
     def __init__(self, bits: int, signed: bool = True, per_channel: int = 0,
@@ -181,9 +167,7 @@ class Quantizer(nn.Module):
         super().__init__()
         if bits not in range(2, 9):
             raise ValueError(f"bits must be 2 to 8, not {bits}")
-        if estimator not in ESTIMATORS:
-            known = ", ".join(ESTIMATORS)
-            raise ValueError(f"estimator {estimator!r} is unknown; choose from {known}")
+        check_estimator(estimator)
         self.bits, self.signed = bits, signed
         self.per_channel, self.estimator = per_channel, estimator
         self.scale = nn.Parameter(torch.ones(max(per_channel, 1)))
@@ -197,13 +181,14 @@ class Quantizer(nn.Module):
         return self.int_min + 2**self.bits - 1
 
     def repair(self) -> None:
-        """Makes the scale positive and finite, in place, whatever an optimizer step did to it.
+        """Makes the scale positive, in place, whatever an optimizer step did to it.
 
-        Reflected, and to the floor from NaN or infinity, rather than clamped in the graph: clamp
-        passes no gradient below its bound, so the scale would stick there. `.data`, since autograd
-        must not take a repair for a change between forward and backward.
+        Reflected rather than clamped in the graph: clamp passes no gradient below its bound, so the
+        scale would stick there. NaN and infinity stay, and make the loss NaN: hidden, they would
+        leave a dead layer. `.data`, since autograd must not take a repair for a change between
+        forward and backward.
         """
-        self.scale.data.abs_().nan_to_num_(nan=MIN_SCALE, posinf=MIN_SCALE).clamp_(min=MIN_SCALE)
+        self.scale.data.abs_().clamp_(min=MIN_SCALE)
 
     def usable_scale(self, dim: int) -> Tensor:
         """The scale, repaired and in float32 or wider, broadcastable over `dim` dimensions.
@@ -231,10 +216,7 @@ class Quantizer(nn.Module):
 
         x is a real tensor of any shape; per channel, (per_channel, ...). Searches max|x| / p times
         1/64 .. 96/64, then around the best in finer steps. The upper part is for few values or
-        large n = -p - 1. All zeros keep scale 1.
-
-        Raises:
-            ValueError: where x is empty or not finite.
+        large n = -p - 1. All zeros keep scale 1. ValueError where x is empty or not finite.
         """
         if not (x.numel() and x.isfinite().all()):
             raise ValueError("cannot set a scale from values that are missing, NaN or infinite")
@@ -262,16 +244,16 @@ class Quantizer(nn.Module):
         self.signed = bool(state)
 
 
-# --------------------------------------------------------------------------------------------------
-# Section 4 (5 on arXiv), set-up: quantized layers and networks
-# --------------------------------------------------------------------------------------------------
+# --- Section 4 (5 on arXiv), set-up: quantized layers and networks --------------------------------
 
 
 class QuantLayer:
     """What QuantConv2d and QuantLinear share: two quantizers, and the weights Algorithm 1 froze.
 
-    frozen (bool, W) and frozen_int (int8, W) are buffers of the layer and not of the tracker:
-    evaluation, export and a reloaded checkpoint must see frozen integers without it.
+    frozen and frozen_int (real, W) are buffers of the layer and not of the tracker: evaluation,
+    export and a reloaded checkpoint must see frozen integers without it. They hold (1, w_int) where
+    frozen and (0, 0) elsewhere, as floats: code that averages networks (EMA, SWA) averages buffers
+    too, and makes them (share, share * w_int), whose quotient is still the integer.
     """
 
     def adopt(self, layer: nn.Module, weight_quantizer: Quantizer,
@@ -279,14 +261,19 @@ class QuantLayer:
         """Takes over a float layer's parameters (the same objects) and sets the weight's scale."""
         self.weight, self.bias = layer.weight, layer.bias
         self.weight_quantizer, self.input_quantizer = weight_quantizer, input_quantizer
-        self.register_buffer("frozen", torch.zeros_like(layer.weight, dtype=torch.bool))
-        self.register_buffer("frozen_int", torch.zeros_like(layer.weight, dtype=torch.int8))
+        self.register_buffer("frozen", torch.zeros_like(layer.weight, requires_grad=False))
+        self.register_buffer("frozen_int", torch.zeros_like(self.frozen))
         weight_quantizer.to(layer.weight.device).initialize(layer.weight)
         self.train(layer.training)
 
+    def frozen_state(self) -> tuple[Tensor, Tensor]:
+        """Mask of the frozen weights (W, bool) and their integers (W, 0 where not frozen)."""
+        mask = self.frozen > 0
+        return mask, torch.where(mask, self.frozen_int / self.frozen, 0).round_()
+
     def weight_int(self) -> Tensor:
         """Current integers, W: the frozen ones where frozen, else those of the latent weight."""
-        return torch.where(self.frozen, self.frozen_int, self.weight_quantizer.to_int(self.weight))
+        return torch.where(*self.frozen_state(), self.weight_quantizer.to_int(self.weight))
 
     def weight_u(self) -> Tensor:
         """The latent weight in steps, w / s: W."""
@@ -294,15 +281,19 @@ class QuantLayer:
         return at_least_float32(self.weight) / scale
 
     def weight_hat(self) -> Tensor:
-        """Current quantized weight, W. A frozen one is s * w_int: gradient 0 to w, w_int to s."""
+        """Current quantized weight, W. A frozen one is s * w_int: gradient 0 to w, w_int to s.
+
+        A frozen weight does not thaw when s moves: its integer is stored, not rounded from w / s.
+        """
+        frozen, w_int = self.frozen_state()
         scale = self.weight_quantizer.usable_scale(self.weight.dim())
-        return torch.where(self.frozen, scale * self.frozen_int, self.weight_quantizer(self.weight))
+        return torch.where(frozen, scale * w_int, self.weight_quantizer(self.weight))
 
     @torch.no_grad()
     def place(self, mask: Tensor, w_int: Tensor) -> None:
-        """Moves the latent weights under the mask to the bin centres s * w_int."""
+        """Moves the latent weights under the mask (W) to the bin centres s * w_int."""
         scale = self.weight_quantizer.usable_scale(mask.dim())
-        self.weight.copy_(torch.where(mask, scale * w_int, self.weight))
+        self.weight.copy_(torch.where(mask.bool(), scale * w_int, self.weight))
 
     def input_hat(self, x: Tensor) -> Tensor:
         """The layer's input on its grid; in float where input_quantizer is None."""
@@ -345,44 +336,86 @@ def quant_layers(model: nn.Module, max_bits: int = 8) -> dict[str, QuantLayer]:
             if isinstance(module, QuantLayer) and module.weight_quantizer.bits <= max_bits}
 
 
+# What multiplies its input by weights. An embedding looks rows up, and may stay in float.
+WEIGHTED = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d,
+            nn.ConvTranspose2d, nn.ConvTranspose3d, nn.RNNBase, nn.RNNCellBase,
+            nn.MultiheadAttention)
+SWAPS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
+
+
 def quantize_model(model: nn.Module, weight_bits: int, act_bits: int | None = None,
-                   first_last_bits: int = 8, per_channel: bool = False,
-                   estimator: str = "ste") -> nn.Module:
+                   first_last_bits: int = 8, per_channel: bool = False, estimator: str = "ste",
+                   leave_float: Iterable[str] = ()) -> nn.Module:
     """Swaps every Conv2d and Linear of a classifier for its quantized layer, in place.
 
-    The weights of the first and the last layer get `first_last_bits`. The inputs of all layers are
-    quantized, squeeze-excite layers included, but for the first: Deviation: the image stays as it
-    is, which has 8 bits already. Weights keep their values; their scales are MSE-initialised. Input
-    scales are 1 until `calibrate` sets them.
+    The inputs of all layers are quantized, squeeze-excite layers included, but for the first:
+    Deviation: the image stays as it is, which has 8 bits already. Weights keep their values; their
+    scales are MSE-initialised. Input scales are 1 until `calibrate` sets them.
 
     Args:
-        model: any network whose first and last Conv2d or Linear, in module order, are its first and
-            last layer.
+        model: any network whose first and last layer in module order are its first and last. A
+            layer of several names is swapped under all of them. A layer whose weight others read
+            without calling it, as torchvision's Swin does, stays in float there.
         weight_bits, act_bits: 2 to 8; act_bits None leaves the inputs in float.
-        first_last_bits: 2 to 8.
+        first_last_bits: 2 to 8, of the weights of the first and the last layer, and of the last
+            layer's input. Layers left in float count: before a float head, no layer is the last.
         per_channel: one weight scale per output channel (inputs always have one scale).
-        estimator: name in ESTIMATORS, of weights and inputs.
+        estimator: name in ESTIMATORS, of the weights. Inputs have the straight-through estimator:
+            a factor per layer would multiply up through a network's depth.
+        leave_float: names of modules that stay in float with all that is below them.
     Returns:
         The same model.
     Raises:
-        ValueError: where there is nothing to swap, or an argument is out of range.
+        ValueError: where there is nothing to swap, an argument is out of range, or a layer cannot
+            be quantized and is not in leave_float; the model is as it was.
     """
-    kinds = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
-    names = [name for name, module in model.named_modules() if type(module) in kinds]
-    if not names or names == [""]:
+    modules, left = dict(model.named_modules(remove_duplicate=False)), tuple(leave_float)
+    if unknown := [name for name in left if name not in modules]:
+        raise ValueError(f"leave_float: the model has no module {', '.join(unknown[:3])}")
+    names: dict[nn.Module, list[str]] = {}  # a layer's own, one or several
+    for name, module in modules.items():
+        if isinstance(module, WEIGHTED):
+            names.setdefault(module, []).append(name)
+    first, last = next(iter(names), None), next(reversed(names), None)
+    names = {layer: own for layer, own in names.items()
+             if not any(f"{name}.".startswith(f"{top}.") for name in own for top in left)}
+    if not names or model in names:
         raise ValueError("the model contains no Conv2d or Linear layer to quantize")
+    refuse_unfit(model, names)
     swapped = {}
-    for name in names:
-        layer = model.get_submodule(name)
-        bits = first_last_bits if name in (names[0], names[-1]) else weight_bits
+    for layer in names:
+        bits = first_last_bits if layer in (first, last) else weight_bits
         weight_quantizer = Quantizer(bits, True, len(layer.weight) if per_channel else 0, estimator)
         input_quantizer = None
-        if act_bits is not None and name != names[0]:
-            input_quantizer = Quantizer(act_bits, estimator=estimator).to(layer.weight.device)
-        swapped[name] = kinds[type(layer)](layer, weight_quantizer, input_quantizer)
-    for name, layer in swapped.items():
-        model.set_submodule(name, layer)
+        if act_bits is not None and layer is not first:
+            bits = first_last_bits if layer is last else act_bits
+            input_quantizer = Quantizer(bits).to(layer.weight.device)
+        swapped[layer] = SWAPS[type(layer)](layer, weight_quantizer, input_quantizer)
+    for layer, quantized in swapped.items():
+        for name in names[layer]:
+            model.set_submodule(name, quantized)
     return model
+
+
+def refuse_unfit(model: nn.Module, names: dict[nn.Module, list[str]]) -> None:
+    """Raises ValueError where one of these layers of the model, with names, cannot be swapped."""
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, []).append(name)
+    unfit = []
+    for layer, (name, *_) in names.items():
+        weight = dict(layer.named_parameters(recurse=False)).get("weight")  # None: computed
+        if len(owners.get(weight, [])) > 1:
+            unfit.append(f"{name} (its weight is that of {' and '.join(owners[weight])})")
+        elif (type(layer) not in SWAPS or weight is None
+                or getattr(layer, "padding_mode", "zeros") != "zeros"):
+            unfit.append(f"{name} ({type(layer).__name__})")
+    if unfit:
+        more = f" and {len(unfit) - 3} more" if len(unfit) > 3 else ""
+        raise ValueError(f"cannot quantize {', '.join(unfit[:3])}{more}: only plain Conv2d and "
+                         "Linear, zero padding, a weight that is neither shared nor computed. "
+                         "leave_float takes names to leave in float")
 
 
 def images_of(batches: Iterable, model: nn.Module) -> Iterable[Tensor]:
@@ -450,9 +483,7 @@ def calibrate(model: nn.Module, batches: Iterable, samples: int = 2**15) -> None
         quantizer.initialize(torch.cat(samples_seen))
 
 
-# --------------------------------------------------------------------------------------------------
-# Section 2.3.1 and Table 1: batch norm under oscillation
-# --------------------------------------------------------------------------------------------------
+# --- Section 2.3.1 and Table 1: batch norm under oscillation --------------------------------------
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -464,8 +495,11 @@ def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def batch_statistics(model: nn.Module, momentum: float | None):
-    """Evaluation mode, but BN normalises by the batch and updates by `momentum` (None = mean)."""
-    before = {bn: (bn.momentum, bn.num_batches_tracked.clone())
+    """Evaluation mode, but BN normalises by the batch and updates by `momentum` (None = mean).
+
+    After it, and whatever happens inside, BN's statistics and momenta are as they were.
+    """
+    before = {bn: (bn.momentum, [buffer.clone() for buffer in bn.buffers()])
               for bn in batch_norms(model).values()}
     with evaluation_mode(model):
         for bn in before:
@@ -474,9 +508,10 @@ def batch_statistics(model: nn.Module, momentum: float | None):
         try:
             yield
         finally:
-            for bn, (own_momentum, count) in before.items():
+            for bn, (own_momentum, own_buffers) in before.items():
                 bn.momentum = own_momentum
-                bn.num_batches_tracked.copy_(count)
+                for buffer, own in zip(bn.buffers(), own_buffers):
+                    buffer.copy_(own)
 
 
 @torch.no_grad()
@@ -484,24 +519,26 @@ def reestimate_bn(model: nn.Module, batches: Iterable) -> None:
     """Replaces BN's running statistics by the plain mean of the statistics of the given batches.
 
     The remedy of section 2.3.1 for statistics that went stale under oscillating weights. Variances
-    are the unbiased ones that BN itself keeps. Modes, momenta, weights and trackers do not change.
+    are the unbiased ones that BN itself keeps. All else stays; where a batch fails, BN too.
 
     Args:
-        model: any network; without BN nothing happens.
+        model: any network; a BN that no batch reaches keeps its statistics.
         batches: training images (N, 3, H, W), or tuples that begin with them; the released code
-            takes 50 batches of 128.
-    Raises:
-        ValueError: where there is no batch.
+            takes 50 batches of 128. Without any: ValueError.
     """
-    done = 0
+    done, bns = 0, batch_norms(model).values()
     with batch_statistics(model, None):
+        for bn in bns:
+            bn.reset_running_stats()
         for done, images in enumerate(images_of(batches, model), 1):
-            if done == 1:
-                for bn in batch_norms(model).values():
-                    bn.reset_running_stats()
             model(images)
+        means = {bn: (bn.running_mean.clone(), bn.running_var.clone())
+                 for bn in bns if bn.num_batches_tracked}
     if not done:
         raise ValueError("BN re-estimation needs at least one batch")
+    for bn, (mean, variance) in means.items():
+        bn.running_mean.copy_(mean)
+        bn.running_var.copy_(variance)
 
 
 @torch.no_grad()
@@ -510,15 +547,12 @@ def bn_kl_divergence(model: nn.Module, batches: Iterable) -> dict[str, Tensor]:
 
     Paper silent on how p is taken: here mean and variance of all inputs of the layer over all
     batches, while BN normalises by the batch, as in training. So a layer is charged with its own
-    stale statistics only.
+    stale statistics only. The model stays as it was.
 
     Args:
-        model: any network with BN; it is left as it was.
-        batches: training images (N, 3, H, W), or tuples that begin with them.
+        model, batches: as for reestimate_bn. Every BN must be reached, or ValueError.
     Returns:
         BN layer name -> D(p, q) >= 0, in nats, of shape (channels,), float32 on the CPU.
-    Raises:
-        ValueError: where there is no batch.
     """
     bns = batch_norms(model)
     sums = {bn: torch.zeros(3, bn.num_features, dtype=torch.float64) for bn in bns.values()}
@@ -528,7 +562,6 @@ def bn_kl_divergence(model: nn.Module, batches: Iterable) -> dict[str, Tensor]:
         count = torch.full_like(x[:, 0], x.shape[1])
         sums[bn] += torch.stack([count, x.sum(1), x.square().sum(1)])
 
-    # Momentum 0 keeps the running statistics.
     with ExitStack() as hooks, batch_statistics(model, 0.0):
         for bn in sums:
             hooks.enter_context(bn.register_forward_pre_hook(record))
@@ -536,42 +569,39 @@ def bn_kl_divergence(model: nn.Module, batches: Iterable) -> dict[str, Tensor]:
             model(images)
     if any(not total[0].all() for total in sums.values()):
         raise ValueError("the KL divergence needs at least one batch")
-    return {name: _normal_kl(*sums[bn], bn) for name, bn in bns.items()}
+    divergence = {}
+    for name, bn in bns.items():
+        count, total, squares = sums[bn]
+        mean_p, mean_q = total / count, bn.running_mean.double().cpu()
+        # Deviation: bn.eps in both variances, as BN normalises with it, against dead channels.
+        var_p = squares / count - mean_p.square() + bn.eps
+        var_q = bn.running_var.double().cpu() + bn.eps
+        # D(p, q) = log(sigma_q/sigma_p) + (sigma_p^2 + (mu_p - mu_q)^2) / (2 sigma_q^2) - 1/2
+        quotient = (var_p + (mean_p - mean_q).square()) / (2 * var_q)
+        divergence[name] = ((var_q / var_p).log() / 2 + quotient - 0.5).float()
+    return divergence
 
 
-def _normal_kl(count: Tensor, total: Tensor, squares: Tensor, bn: nn.Module) -> Tensor:
-    mean_p, mean_q = total / count, bn.running_mean.double().cpu()
-    # Deviation: bn.eps in both variances, as BN normalises with it; a dead channel is not infinite.
-    var_p = squares / count - mean_p.square() + bn.eps
-    var_q = bn.running_var.double().cpu() + bn.eps
-    # D(p, q) = log(sigma_q / sigma_p) + (sigma_p^2 + (mu_p - mu_q)^2) / (2 sigma_q^2) - 1/2 Table 1
-    quotient = (var_p + (mean_p - mean_q).square()) / (2 * var_q)
-    return ((var_q / var_p).log() / 2 + quotient - 0.5).float()
-
-
-# --------------------------------------------------------------------------------------------------
-# Section 3 (4 on arXiv), Eq. 4 and Algorithm 1: count oscillations, freeze what oscillates
-# --------------------------------------------------------------------------------------------------
+# --- Section 3 (4 on arXiv), Eq. 4 and Algorithm 1: count oscillations, freeze what oscillates ----
 
 
 class OscillationTracker:
     """Oscillation frequency of every low-bit weight (Eq. 4), and iterative freezing (Algorithm 1).
 
-    Call `step` once after each optimizer step and nowhere else: evaluation, BN re-estimation and
-    gradient accumulation leave the integers alone, and would only make the frequencies decay. All
-    layers are one flat vector here: a dozen passes over it, however many layers there are.
+    Call `step` once after each optimizer step and nowhere else. All layers are one flat vector
+    here: a dozen passes over it, however many layers there are.
+    Deviation: the released code tracks in every forward pass, evaluation too, where nothing
+    changes. Its f is lower, so its published f_th freeze more here.
 
     Args:
         model: from quantize_model, on its device.
-        momentum: m of both EMAs, above 0 and at most 1. Paper silent: the released code has 0.001,
-            for 10^5 and more steps; a run of 10^3 steps needs a shorter memory. One reversal raises
-            f by m: a threshold below m counts, or freezes, a weight that reversed once.
+        momentum: m of both EMAs, above 0 and at most 1, or ValueError. Paper silent: the released
+            code has 0.001, for 10^5 and more steps; 10^3 steps need a shorter memory. One reversal
+            raises f by m: a threshold below m counts, or freezes, a weight that reversed once.
         max_bits: layers with more weight bits are not tracked (released code: 4).
-    Raises:
-        ValueError: for a momentum outside 0..1.
     """
 
-    def __init__(self, model: nn.Module, momentum: float = 0.01, max_bits: int = 4):
+    def __init__(self, model: nn.Module, momentum: float = 0.001, max_bits: int = 4):
         if not 0 < momentum <= 1:
             raise ValueError(f"momentum must be above 0 and at most 1, not {momentum}")
         self.layers, self.momentum = quant_layers(model, max_bits), momentum
@@ -600,19 +630,23 @@ class OscillationTracker:
             w_int = self._freeze(self.f > freeze_threshold, w_int)
         # EMA_t(w_int) = m w_int + (1 - m) EMA_{t-1}(w_int)
         # Deviation: from the first iteration on; the released code starts it when freezing starts.
+        # Deviation: Algorithm 1 prints w^{t-1} here; round(EMA) is an integer only for integers.
         self.ema_int.lerp_(w_int, m)
         self.w_int.copy_(w_int)
 
     def _freeze(self, above: Tensor, w_int: Tensor) -> Tensor:
-        """Freezes weights above the threshold at round(EMA_{t-1}(w_int)); returns all integers."""
-        frozen = self._gather(layer.frozen for layer in self.layers.values())
+        """Freezes weights above the threshold at round(EMA_{t-1}(w_int)); returns all integers.
+
+        As printed: after a long way the EMA lags, and its integer can lie outside the two states.
+        """
+        frozen = self._gather(layer.frozen > 0 for layer in self.layers.values())
         w_int = torch.where(above & ~frozen, self.ema_int.round(), w_int)
         frozen |= above
         for layer, mask, ints in zip(self.layers.values(), self._split(frozen), self._split(w_int)):
             layer.frozen.copy_(mask)
-            layer.frozen_int.copy_(ints)  # means nothing where not frozen
-            # While freezing is on, the latent weight waits at its bin centre too, against momentum
-            # and weight decay: the network is the same to whoever reads only the weights.
+            layer.frozen_int.copy_(mask * ints)
+            # Momentum and weight decay still move the latent weight. Put back to its bin centre, it
+            # rounds to the same integer for whoever reads the weights without the mask.
             layer.place(mask, ints)
         return w_int
 
@@ -642,17 +676,23 @@ class OscillationTracker:
 
     def frozen(self) -> dict[str, Tensor]:
         """Masks of frozen weights by layer: W, bool."""
-        return {name: layer.frozen.clone() for name, layer in self.layers.items()}
+        return {name: layer.frozen > 0 for name, layer in self.layers.items()}
 
-    def oscillating_masks(self, threshold: float = 0.005) -> dict[str, Tensor]:
-        """Weights with f_t > threshold that are not frozen, by layer: W, bool."""
-        return {name: (f > threshold) & ~self.layers[name].frozen
-                for name, f in self.frequency().items()}
+    def oscillating_masks(self, threshold: float | None = None) -> dict[str, Tensor]:
+        """Weights with f_t > threshold that are not frozen, by layer: W, bool.
 
-    def oscillating(self, threshold: float = 0.005) -> float:
+        None is 5 m, the paper's 0.005 at m = 0.001: more than five reversals in short order, or
+        more than one in 1 / (5 m) steps for long. From m = 0.2 on, none.
+        """
+        threshold = 5 * self.momentum if threshold is None else threshold
+        frozen = self.frozen()
+        return {name: (f > threshold) & ~frozen[name] for name, f in self.frequency().items()}
+
+    def oscillating(self, threshold: float | None = None) -> float:
         """Share of the tracked weights that oscillate, 0..1 (Osc. of Tables 4 and 5).
 
-        Paper silent on frozen weights: they oscillate no more, and stay in the denominator.
+        `threshold` as for oscillating_masks. Paper silent on frozen weights: they oscillate no
+        more, and stay in the denominator.
         """
         return self._share(self.oscillating_masks(threshold))
 
@@ -664,40 +704,30 @@ class OscillationTracker:
         return sum(mask.sum().item() for mask in masks.values()) / max(self.f.numel(), 1)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A copy of all that the model's own state lacks; that has masks and frozen integers."""
-        names = ("w_int", "ema_int", "last_change", "f")
-        return {name: getattr(self, name).clone() for name in names}
+        """A copy of m, and by layer of all that the model lacks; that has the frozen integers."""
+        state = {"momentum": torch.tensor(self.momentum)}
+        for part in ("w_int", "ema_int", "last_change", "f"):
+            tensors = self._by_name(getattr(self, part))
+            state |= {f"{name}.{part}": tensor for name, tensor in tensors.items()}
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises ValueError for a state of other layers."""
+        """Raises ValueError for a state of other layers or momentum; the tracker is as it was."""
         own = self.state_dict()
-        if any(name not in state or state[name].shape != own[name].shape for name in own):
-            raise ValueError("tracker state does not fit: saved for other layers or bits")
-        for name in own:
-            getattr(self, name).copy_(state[name])
+        wrong = [f"no {name}" for name in own if name not in state]
+        wrong += [f"unknown {name}" for name in state if name not in own]
+        wrong += [f"{name} {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
+                  for name in own if name in state and state[name].shape != own[name].shape]
+        if not wrong and not math.isclose(state["momentum"], self.momentum, rel_tol=1e-6):
+            wrong = [f"momentum {state['momentum']:.6g}, not {self.momentum:.6g}"]
+        if wrong:
+            raise ValueError("tracker state is of other layers or another momentum: "
+                             + "; ".join(wrong[:3]))
+        for part in ("w_int", "ema_int", "last_change", "f"):
+            getattr(self, part).copy_(self._gather(state[f"{name}.{part}"] for name in self.layers))
 
 
-# --------------------------------------------------------------------------------------------------
-# Section 3 (4 on arXiv), Eq. 5: dampening, and the schedules of both cures
-# --------------------------------------------------------------------------------------------------
-
-
-class SquaredNorm(torch.autograd.Function):
-    """L_dampen = || w_hat - clip(w, s n, s p) ||_F^2, no gradient through w_hat            Eq. 5
-
-    gap = clip(w, s n, s p) - w_hat; w itself is here to receive the gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, w, gap):
-        ctx.save_for_backward(gap)
-        return inner(gap, gap)
-
-    @staticmethod
-    def backward(ctx, g):
-        # dL_dampen/dw = 2 (w - w_hat) 1[s n <= w <= s p]
-        gap, = ctx.saved_tensors
-        return 2 * g * gap, None
+# --- Section 3 (4 on arXiv), Eq. 5: dampening, and the schedules of both cures --------------------
 
 
 def dampening_loss(model: nn.Module, reduction: str = "sum", max_bits: int = 4) -> Tensor:
@@ -705,26 +735,27 @@ def dampening_loss(model: nn.Module, reduction: str = "sum", max_bits: int = 4) 
 
     Args:
         model: from quantize_model.
-        reduction: "sum", the squared Frobenius norm of Eq. 5; "kernel_mean", the released code's:
-            summed over output channels, averaged over the rest of the kernel. A lambda belongs to
-            one of them.
-        max_bits: layers with more weight bits are left out.
-    Raises:
-        ValueError: for an unknown reduction.
+        reduction: "sum", the squared Frobenius norm of Eq. 5, or the released code's "kernel_mean":
+            summed over output channels, averaged over the rest of the kernel; else ValueError.
+            lambda is task loss per squared unit of w, for one of the two: Table 4's 1e-3 for "sum",
+            the released code's 0.1 for "kernel_mean".
+        max_bits: Deviation: layers with more weight bits are left out; the released code dampens
+            all, the first and the last too. On their fine grids there is little to pull.
     """
     if reduction not in ("sum", "kernel_mean"):
         raise ValueError(f"reduction must be 'sum' or 'kernel_mean', not {reduction!r}")
     loss = torch.zeros((), device=next(model.parameters()).device, requires_grad=True)
     for layer in quant_layers(model, max_bits).values():
-        w, quantizer = layer.weight, layer.weight_quantizer
+        w, q = at_least_float32(layer.weight), layer.weight_quantizer
+        # L_dampen = || w_hat - clip(w, s n, s p) ||_F^2, no gradient through w_hat            Eq. 5
+        # With one, straight through, it would cancel w's own: no pull would be left.
         with torch.no_grad():
-            # In steps s: clip(w / s, n, p) - w_int; outside the grid both are its limit, and 0 is
-            # left for gap and gradient. Rounded after the clip: the same, as n and p are integers.
-            u = layer.weight_u().clamp_(quantizer.int_min, quantizer.int_max)
-            gap = u.sub_(u.round()).mul_(quantizer.usable_scale(w.dim()))
+            s = q.usable_scale(w.dim())
+            # Outside the grid w_hat is its limit, as clip(w) is: no loss, so w stands for both.
             # Deviation: a frozen weight has no part in it, so that its gradient is 0 here as well.
-            gap.masked_fill_(layer.frozen, 0)
-        norm = SquaredNorm.apply(w, gap)
+            inside = w.clamp(s * q.int_min, s * q.int_max).eq_(w) * (layer.frozen == 0)
+            w_hat = torch.where(inside > 0, q(w), w)
+        norm = F.mse_loss(w, w_hat, reduction="sum")
         loss = loss + norm / (w[0].numel() if reduction == "kernel_mean" else 1)
     return loss
 
@@ -744,15 +775,13 @@ def cosine_anneal(start: float, end: float, progress: float, warmup: float = 0.2
     return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
 
 
-# --------------------------------------------------------------------------------------------------
-# Section 2.3.2 and Table 3: what the oscillating weights cost (last, as it needs the tracker)
-# --------------------------------------------------------------------------------------------------
+# --- Section 2.3.2 and Table 3: what the oscillating weights cost (last, as it needs the tracker) -
 
 
 @torch.no_grad()
 def sample_oscillating_weights(model: nn.Module, tracker: OscillationTracker,
                                generator: torch.Generator | None = None,
-                               threshold: float = 0.005) -> int:
+                               threshold: float | None = None) -> int:
     """Rounds the oscillating weights at random, in place: the stochastic rounding of Table 3.
 
     A weight that oscillates between two integers takes the upper one with probability p(w_up), its
@@ -760,9 +789,8 @@ def sample_oscillating_weights(model: nn.Module, tracker: OscillationTracker,
 
     Args:
         model: the tracker's, or a copy of it.
-        tracker: tells which weights oscillate and where.
+        tracker, threshold: tell which weights oscillate and where, see oscillating_masks.
         generator: of the random numbers, on the CPU.
-        threshold: a weight oscillates where f_t > threshold (paper: 0.005).
     Returns:
         The number of weights sampled.
     """
@@ -778,13 +806,13 @@ def sample_oscillating_weights(model: nn.Module, tracker: OscillationTracker,
 
 def optimize_oscillating_weights(model: nn.Module, tracker: OscillationTracker, batches: Iterable,
                                  steps: int = 10_000, lr: float = 0.01, regularizer: float = 1.0,
-                                 threshold: float = 0.005) -> int:
+                                 threshold: float | None = None) -> int:
     """Chooses the states of all oscillating weights together, in place: AdaRound in Table 3.
 
     Each choice between two integers is relaxed to h in 0..1 (Nagel et al. 2020) and descends the
-    task loss plus a regulariser that drives h to 0 or 1; all else is constant. h enters through the
-    layers' frozen integers. BN normalises by the batch meanwhile; re-estimate it after. Paper
-    silent on the learning rate and the weight of the regulariser, here a mean over the choices.
+    task loss plus a regulariser that drives h to 0 or 1; all else is constant. BN normalises by the
+    batch meanwhile; re-estimate it after. Paper silent on the learning rate and the weight of the
+    regulariser, here a mean over the choices.
 
     Args:
         model, tracker, threshold: as for sample_oscillating_weights.
@@ -806,16 +834,19 @@ def optimize_oscillating_weights(model: nn.Module, tracker: OscillationTracker, 
     # h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1), started at h = p(w_up)               AdaRound, Eq. 23
     v = torch.logit((share + 0.1) / 1.2).requires_grad_()
     optimizer = torch.optim.Adam([v], lr)
-    device, step = next(model.parameters()).device, -1
-    with batch_statistics(model, 0.0):
+    device, step, soft = next(model.parameters()).device, -1, {}
+
+    def relax(name, quantizer, args, w_hat):
+        return torch.where(masks[name], quantizer.usable_scale(w_hat.dim()) * soft[name], w_hat)
+
+    with ExitStack() as hooks, batch_statistics(model, 0.0):
+        for name in masks:
+            quantizer = model.get_submodule(name).weight_quantizer
+            hooks.enter_context(quantizer.register_forward_hook(partial(relax, name)))
         for step, (images, labels) in enumerate(islice(batches, steps if masks else 0)):
             h = (1.2 * v.sigmoid() - 0.1).clamp(0, 1)
-            frozen = {}  # buffers of the layers in which the masked weights are frozen at lower + h
-            for name, soft in _chosen(lower, masks, h).items():
-                layer = model.get_submodule(name)
-                frozen[f"{name}.frozen_int"] = torch.where(layer.frozen, layer.frozen_int, soft)
-                frozen[f"{name}.frozen"] = layer.frozen | masks[name]
-            logits = torch.func.functional_call(model, frozen, images.to(device))
+            soft.update(_chosen(lower, masks, h))
+            logits = model(images.to(device))
             # mean of 1 - |2 h - 1|^beta, beta from 20 to 2                         AdaRound, Eq. 24
             beta = cosine_anneal(20.0, 2.0, step / steps, warmup=0.2)
             loss = F.cross_entropy(logits, labels.to(device))
