@@ -58,7 +58,7 @@ from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
 from osc_qat import (ESTIMATORS, OscillationTracker, Quantizer, batch_norms, bn_kl_divergence,
-                     calibrate, cosine_anneal, dampening_loss,
+                     calibrate, cosine_anneal, dampening_loss, export_onnx,
                      optimize_oscillating_weights, quant_layers, quantize_model, reestimate_bn,
                      sample_oscillating_weights)
 
@@ -920,9 +920,8 @@ def export(run: Run, path: str) -> None:
              "interpolation": inputs.interpolation.value, "resize": round(size * inputs.resize),
              "image_size": size, "weight_bits": run.args.bits, "act_bits": run.args.act_bits}
     with blame("--export: needs packages; pip install onnx onnxscript", ImportError):
-        from osc_qat import export_onnx
-        content = export_onnx(run.model, torch.zeros(2, 3, size, size),
-                              {key: json.dumps(value) for key, value in facts.items()})
+        content = export_onnx(run.model, (3, size, size), {
+            key: json.dumps(value) for key, value in facts.items()})
     save_atomically(Path(path), content, "--export")
     floats = 4 * sum(p.numel() for p in run.model.parameters())
     print(f"{path}: {len(content) / 1e6:.2f} MB, parameters in float {floats / 1e6:.2f} MB")
