@@ -30,6 +30,7 @@ networks of section 4 come early, since the rest works on them, and Table 3 come
 needs the tracker. Section 2.2 is toy_oscillation.py.
 """
 
+import copy
 import math
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
@@ -252,8 +253,8 @@ class QuantLayer:
 
     frozen and frozen_int (real, W) are buffers of the layer and not of the tracker: evaluation,
     export and a reloaded checkpoint must see frozen integers without it. They hold (1, w_int) where
-    frozen and (0, 0) elsewhere, as floats: code that averages networks (EMA, SWA) averages buffers
-    too, and makes them (share, share * w_int), whose quotient is still the integer.
+    frozen, else (0, 0): code that averages networks, buffers as well (EMA, SWA), makes that (share,
+    share * w_int), whose quotient is still the integer.
     """
 
     def adopt(self, layer: nn.Module, weight_quantizer: Quantizer,
@@ -283,7 +284,7 @@ class QuantLayer:
     def weight_hat(self) -> Tensor:
         """Current quantized weight, W. A frozen one is s * w_int: gradient 0 to w, w_int to s.
 
-        A frozen weight does not thaw when s moves: its integer is stored, not rounded from w / s.
+        It does not thaw when s moves: its integer is stored, not rounded from w / s.
         """
         frozen, w_int = self.frozen_state()
         scale = self.weight_quantizer.usable_scale(self.weight.dim())
@@ -301,7 +302,7 @@ class QuantLayer:
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
-    """A Conv2d, taken over with its parameters, that quantizes its weight and its input."""
+    """A Conv2d's parameters, the weight quantized, and its input."""
 
     def __init__(self, conv: nn.Conv2d, weight_quantizer: Quantizer,
                  input_quantizer: Quantizer | None = None):
@@ -318,7 +319,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
 
 class QuantLinear(QuantLayer, nn.Linear):
-    """A Linear, taken over with its parameters, that quantizes its weight and its input."""
+    """A Linear's parameters, the weight quantized, and its input."""
 
     def __init__(self, linear: nn.Linear, weight_quantizer: Quantizer,
                  input_quantizer: Quantizer | None = None):
@@ -354,8 +355,8 @@ def quantize_model(model: nn.Module, weight_bits: int, act_bits: int | None = No
 
     Args:
         model: any network whose first and last layer in module order are its first and last. A
-            layer of several names is swapped under all of them. A layer whose weight others read
-            without calling it, as torchvision's Swin does, stays in float there.
+            layer whose weight others read without a call, as torchvision's Swin does, stays in
+            float there.
         weight_bits, act_bits: 2 to 8; act_bits None leaves the inputs in float.
         first_last_bits: 2 to 8, of the weights of the first and the last layer, and of the last
             layer's input. Layers left in float count: before a float head, no layer is the last.
@@ -430,9 +431,8 @@ def images_of(batches: Iterable, model: nn.Module) -> Iterable[Tensor]:
 def evaluation_mode(model: nn.Module):
     """Evaluation mode inside; each module's own mode again after."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        yield
+        yield model.eval()
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -444,14 +444,12 @@ def calibrate(model: nn.Module, batches: Iterable, samples: int = 2**15) -> None
 
     Runs in evaluation mode with float inputs. A grid is signed where any batch has a negative
     input: on an unsigned grid a linear bottleneck loses half its values, on a signed one ReLU loses
-    a bit.
+    a bit. ValueError where no batch reaches an input, or it is not finite.
 
     Args:
         model: from quantize_model.
         batches: images (N, 3, H, W), or tuples that begin with them.
         samples: about how many values of each input a batch contributes to the MSE search.
-    Raises:
-        ValueError: where there is no batch, or an input is not finite.
     """
     names = {layer.input_quantizer: name for name, layer in quant_layers(model).items()
              if layer.input_quantizer}
@@ -474,8 +472,7 @@ def calibrate(model: nn.Module, batches: Iterable, samples: int = 2**15) -> None
             hooks.enter_context(quantizer.register_forward_hook(record))
         for images in images_of(batches, model):
             model(images)
-    missed = [name for quantizer, name in names.items() if not values[quantizer]]
-    if missed:
+    if missed := [name for quantizer, name in names.items() if not values[quantizer]]:
         raise ValueError("calibration needs at least one batch that reaches every layer in "
                          f"evaluation mode; none reached {', '.join(missed[:3])}")
     for quantizer, samples_seen in values.items():
@@ -499,19 +496,17 @@ def batch_statistics(model: nn.Module, momentum: float | None):
 
     After it, and whatever happens inside, BN's statistics and momenta are as they were.
     """
-    before = {bn: (bn.momentum, [buffer.clone() for buffer in bn.buffers()])
-              for bn in batch_norms(model).values()}
-    with evaluation_mode(model):
-        for bn in before:
-            bn.train()
-            bn.momentum = momentum
-        try:
-            yield
-        finally:
-            for bn, (own_momentum, own_buffers) in before.items():
-                bn.momentum = own_momentum
-                for buffer, own in zip(bn.buffers(), own_buffers):
-                    buffer.copy_(own)
+    bns = batch_norms(model).values()
+    before = [(bn, bn.momentum, copy.deepcopy(bn.state_dict())) for bn in bns]
+    try:
+        with evaluation_mode(model):
+            for bn in bns:
+                bn.train()
+                bn.momentum = momentum
+            yield bns
+    finally:
+        for bn, bn.momentum, state in before:
+            bn.load_state_dict(state)
 
 
 @torch.no_grad()
@@ -526,8 +521,8 @@ def reestimate_bn(model: nn.Module, batches: Iterable) -> None:
         batches: training images (N, 3, H, W), or tuples that begin with them; the released code
             takes 50 batches of 128. Without any: ValueError.
     """
-    done, bns = 0, batch_norms(model).values()
-    with batch_statistics(model, None):
+    done = 0
+    with batch_statistics(model, None) as bns:
         for bn in bns:
             bn.reset_running_stats()
         for done, images in enumerate(images_of(batches, model), 1):
@@ -612,11 +607,7 @@ class OscillationTracker:
 
     @torch.no_grad()
     def step(self, freeze_threshold: float | None = None) -> None:
-        """One iteration of Algorithm 1, after its optimizer step.
-
-        Args:
-            freeze_threshold: f_th, 0..1; None tracks without freezing.
-        """
+        """Algorithm 1 after its optimizer step. freeze_threshold: f_th, 0..1; None freezes none."""
         m = self.momentum
         w_int = self._gather(layer.weight_int() for layer in self.layers.values())
         # o_t = 1 where w_int changed, in the direction opposite to its previous change     Eq. 4
@@ -630,7 +621,7 @@ class OscillationTracker:
             w_int = self._freeze(self.f > freeze_threshold, w_int)
         # EMA_t(w_int) = m w_int + (1 - m) EMA_{t-1}(w_int)
         # Deviation: from the first iteration on; the released code starts it when freezing starts.
-        # Deviation: Algorithm 1 prints w^{t-1} here; round(EMA) is an integer only for integers.
+        # Deviation: Algorithm 1 prints w^{t-1}; its integers are meant, or round(EMA) is on no grid.
         self.ema_int.lerp_(w_int, m)
         self.w_int.copy_(w_int)
 
@@ -713,13 +704,10 @@ class OscillationTracker:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raises ValueError for a state of other layers or momentum; the tracker is as it was."""
-        own = self.state_dict()
-        wrong = [f"no {name}" for name in own if name not in state]
-        wrong += [f"unknown {name}" for name in state if name not in own]
-        wrong += [f"{name} {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
-                  for name in own if name in state and state[name].shape != own[name].shape]
-        if not wrong and not math.isclose(state["momentum"], self.momentum, rel_tol=1e-6):
-            wrong = [f"momentum {state['momentum']:.6g}, not {self.momentum:.6g}"]
+        saved, own = ({name: tuple(tensor.shape) or f"{tensor:.6g}" for name, tensor in each.items()}
+                      for each in (state, self.state_dict()))
+        wrong = [f"{name} is {saved.get(name)}, not {own.get(name)}" for name in own | saved
+                 if saved.get(name) != own.get(name)]
         if wrong:
             raise ValueError("tracker state is of other layers or another momentum: "
                              + "; ".join(wrong[:3]))
@@ -768,8 +756,6 @@ def cosine_anneal(start: float, end: float, progress: float, warmup: float = 0.2
         progress: share of training done, 0..1.
         warmup: share of training before the cosine begins, below 1. Paper silent: the released code
             has freezing off for the first quarter, which is the caller's part, and lambda follows.
-    Returns:
-        The value at `progress`.
     """
     t = min(max((progress - warmup) / (1 - warmup), 0.0), 1.0)
     return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
@@ -811,23 +797,21 @@ def optimize_oscillating_weights(model: nn.Module, tracker: OscillationTracker, 
 
     Each choice between two integers is relaxed to h in 0..1 (Nagel et al. 2020) and descends the
     task loss plus a regulariser that drives h to 0 or 1; all else is constant. BN normalises by the
-    batch meanwhile; re-estimate it after. Paper silent on the learning rate and the weight of the
-    regulariser, here a mean over the choices.
+    batch meanwhile; re-estimate it after. Paper silent on lr and regularizer.
 
     Args:
         model, tracker, threshold: as for sample_oscillating_weights.
-        batches: images (N, 3, H, W) and labels (N,), int64, at least `steps` times; paper: N = 64.
+        batches: images (N, 3, H, W) and labels (N,), int64; paper: N = 64. ValueError, and no
+            change, where there are fewer than `steps`.
         steps: iterations; paper: 10,000.
         lr: of Adam, for the logits of h.
-        regularizer: weight of the regulariser, off in the first fifth.
+        regularizer: weight of the regulariser's mean over the choices, off in the first fifth.
     Returns:
         The number of weights chosen.
-    Raises:
-        ValueError: where there are fewer batches than steps; the weights are as they were.
     """
     ema = tracker.mean_integers()
-    masks = tracker.oscillating_masks(threshold)
-    masks = {name: mask for name, mask in masks.items() if mask.any()}
+    masks = {name: mask for name, mask in tracker.oscillating_masks(threshold).items()
+             if mask.any()}
     lower = {name: ema[name].floor() for name in masks}
     shares = [(ema[name] - lower[name])[mask] for name, mask in masks.items()]
     share = torch.cat(shares or [torch.zeros(0)])
