@@ -224,17 +224,14 @@ class Quantizer(nn.Module):
         x = at_least_float32(x)
         rows = x.flatten(1) if self.per_channel else x.reshape(1, -1)
         largest = rows.abs().amax(1, keepdim=True) / self.int_max
-        best, best_error = torch.ones_like(largest), torch.full_like(largest, math.inf)
-        start = torch.zeros_like(largest)
+        best, best_error = torch.zeros_like(largest), torch.full_like(largest, math.inf)
         for fractions in (torch.arange(1, 97) / 64, torch.arange(-8, 9) / 512):
-            for fraction in fractions.tolist():
-                scale = (start + fraction * largest).clamp_(min=MIN_SCALE)
+            for scale in [best + fraction * largest for fraction in fractions.tolist()]:
+                scale.clamp_(min=MIN_SCALE)
                 x_hat = quantize_to_int(rows, scale, self.int_min, self.int_max).mul_(scale)
                 error = x_hat.sub_(rows).square_().sum(1, keepdim=True)
-                better = error < best_error
-                best = torch.where(better, scale, best)
-                best_error = torch.where(better, error, best_error)
-            start = best
+                best = torch.where(error < best_error, scale, best)
+                best_error = torch.minimum(error, best_error)
         self.scale.copy_(torch.where(largest > 0, best, 1.0).flatten())
 
     def get_extra_state(self) -> Tensor:
@@ -505,7 +502,8 @@ def batch_statistics(model: nn.Module, momentum: float | None):
                 bn.momentum = momentum
             yield bns
     finally:
-        for bn, bn.momentum, state in before:
+        for bn, own_momentum, state in before:
+            bn.momentum = own_momentum
             bn.load_state_dict(state)
 
 
@@ -621,7 +619,7 @@ class OscillationTracker:
             w_int = self._freeze(self.f > freeze_threshold, w_int)
         # EMA_t(w_int) = m w_int + (1 - m) EMA_{t-1}(w_int)
         # Deviation: from the first iteration on; the released code starts it when freezing starts.
-        # Deviation: Algorithm 1 prints w^{t-1}; its integers are meant, or round(EMA) is on no grid.
+        # Deviation: Algorithm 1 prints w^{t-1}; round(EMA) is on the grid only for its integers.
         self.ema_int.lerp_(w_int, m)
         self.w_int.copy_(w_int)
 
@@ -680,10 +678,9 @@ class OscillationTracker:
         return {name: (f > threshold) & ~frozen[name] for name, f in self.frequency().items()}
 
     def oscillating(self, threshold: float | None = None) -> float:
-        """Share of the tracked weights that oscillate, 0..1 (Osc. of Tables 4 and 5).
+        """Share of the tracked weights in oscillating_masks, 0..1 (Osc. of Tables 4 and 5).
 
-        `threshold` as for oscillating_masks. Paper silent on frozen weights: they oscillate no
-        more, and stay in the denominator.
+        Paper silent on frozen weights: they oscillate no more, and stay in the denominator.
         """
         return self._share(self.oscillating_masks(threshold))
 
@@ -704,7 +701,7 @@ class OscillationTracker:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raises ValueError for a state of other layers or momentum; the tracker is as it was."""
-        saved, own = ({name: tuple(tensor.shape) or f"{tensor:.6g}" for name, tensor in each.items()}
+        saved, own = ({name: tuple(value.shape) or f"{value:.6g}" for name, value in each.items()}
                       for each in (state, self.state_dict()))
         wrong = [f"{name} is {saved.get(name)}, not {own.get(name)}" for name in own | saved
                  if saved.get(name) != own.get(name)]
@@ -809,45 +806,39 @@ def optimize_oscillating_weights(model: nn.Module, tracker: OscillationTracker, 
     Returns:
         The number of weights chosen.
     """
-    ema = tracker.mean_integers()
     masks = {name: mask for name, mask in tracker.oscillating_masks(threshold).items()
              if mask.any()}
-    lower = {name: ema[name].floor() for name in masks}
-    shares = [(ema[name] - lower[name])[mask] for name, mask in masks.items()]
-    share = torch.cat(shares or [torch.zeros(0)])
+    if not masks:
+        return 0
     # h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1), started at h = p(w_up)               AdaRound, Eq. 23
-    v = torch.logit((share + 0.1) / 1.2).requires_grad_()
-    optimizer = torch.optim.Adam([v], lr)
-    device, step, soft = next(model.parameters()).device, -1, {}
+    ema = tracker.mean_integers()
+    lower = {name: ema[name].floor() for name in masks}
+    v = {name: torch.logit((ema[name] - lower[name] + 0.1) / 1.2).requires_grad_()
+         for name in masks}
+    optimizer = torch.optim.Adam(v.values(), lr)
+    device, step, h = next(model.parameters()).device, -1, {}
 
     def relax(name, quantizer, args, w_hat):
-        return torch.where(masks[name], quantizer.usable_scale(w_hat.dim()) * soft[name], w_hat)
+        soft = quantizer.usable_scale(w_hat.dim()) * (lower[name] + h[name])
+        return torch.where(masks[name], soft, w_hat)
 
     with ExitStack() as hooks, batch_statistics(model, 0.0):
         for name in masks:
             quantizer = model.get_submodule(name).weight_quantizer
             hooks.enter_context(quantizer.register_forward_hook(partial(relax, name)))
-        for step, (images, labels) in enumerate(islice(batches, steps if masks else 0)):
-            h = (1.2 * v.sigmoid() - 0.1).clamp(0, 1)
-            soft.update(_chosen(lower, masks, h))
-            logits = model(images.to(device))
+        for step, (images, labels) in enumerate(islice(batches, steps)):
+            h.update({name: (1.2 * v[name].sigmoid() - 0.1).clamp(0, 1) for name in masks})
+            loss = F.cross_entropy(model(images.to(device)), labels.to(device))
             # mean of 1 - |2 h - 1|^beta, beta from 20 to 2                         AdaRound, Eq. 24
             beta = cosine_anneal(20.0, 2.0, step / steps, warmup=0.2)
-            loss = F.cross_entropy(logits, labels.to(device))
             if step >= steps / 5:
-                loss = loss + regularizer * (1 - (2 * h - 1).abs().pow(beta)).mean()
+                choices = torch.cat([h[name][mask] for name, mask in masks.items()])
+                loss = loss + regularizer * (1 - (2 * choices - 1).abs().pow(beta)).mean()
             optimizer.zero_grad()
-            loss.backward(inputs=[v])
+            loss.backward(inputs=list(v.values()))
             optimizer.step()
-    if masks and step < steps - 1:
+    if step < steps - 1:
         raise ValueError(f"{steps} steps need as many batches; there were {step + 1}")
-    for name, w_int in _chosen(lower, masks, v.detach() > 0).items():
-        model.get_submodule(name).place(masks[name], w_int)
-    return v.numel()
-
-
-def _chosen(lower: dict, masks: dict, h: Tensor) -> dict[str, Tensor]:
-    """By layer, W: lower + h under the mask, lower elsewhere."""
-    parts = h.split([mask.sum().item() for mask in masks.values()])
-    return {name: lower[name].masked_scatter(mask, lower[name][mask] + part)
-            for (name, mask), part in zip(masks.items(), parts)}
+    for name, mask in masks.items():
+        model.get_submodule(name).place(mask, lower[name] + (v[name] > 0))
+    return sum(mask.sum().item() for mask in masks.values())
