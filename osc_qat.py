@@ -224,17 +224,14 @@ class Quantizer(nn.Module):
         x = at_least_float32(x)
         rows = x.flatten(1) if self.per_channel else x.reshape(1, -1)
         largest = rows.abs().amax(1, keepdim=True) / self.int_max
-        best, best_error = torch.ones_like(largest), torch.full_like(largest, math.inf)
-        start = torch.zeros_like(largest)
+        best, best_error = torch.zeros_like(largest), torch.full_like(largest, math.inf)
         for fractions in (torch.arange(1, 97) / 64, torch.arange(-8, 9) / 512):
-            for fraction in fractions.tolist():
-                scale = (start + fraction * largest).clamp_(min=MIN_SCALE)
+            for scale in [best + fraction * largest for fraction in fractions.tolist()]:
+                scale.clamp_(min=MIN_SCALE)
                 x_hat = quantize_to_int(rows, scale, self.int_min, self.int_max).mul_(scale)
                 error = x_hat.sub_(rows).square_().sum(1, keepdim=True)
-                better = error < best_error
-                best = torch.where(better, scale, best)
-                best_error = torch.where(better, error, best_error)
-            start = best
+                best = torch.where(error < best_error, scale, best)
+                best_error = torch.minimum(error, best_error)
         self.scale.copy_(torch.where(largest > 0, best, 1.0).flatten())
 
     def get_extra_state(self) -> Tensor:
@@ -253,8 +250,8 @@ class QuantLayer:
 
     frozen and frozen_int (real, W) are buffers of the layer and not of the tracker: evaluation,
     export and a reloaded checkpoint must see frozen integers without it. They hold (1, w_int) where
-    frozen and (0, 0) elsewhere, as floats: code that averages networks (EMA, SWA) averages buffers
-    too, and makes them (share, share * w_int), whose quotient is still the integer.
+    frozen, else (0, 0): code that averages networks, buffers as well (EMA, SWA), makes that (share,
+    share * w_int), whose quotient is still the integer.
     """
 
     def adopt(self, layer: nn.Module, weight_quantizer: Quantizer,
@@ -284,7 +281,7 @@ class QuantLayer:
     def weight_hat(self) -> Tensor:
         """Current quantized weight, W. A frozen one is s * w_int: gradient 0 to w, w_int to s.
 
-        A frozen weight does not thaw when s moves: its integer is stored, not rounded from w / s.
+        It does not thaw when s moves: its integer is stored, not rounded from w / s.
         """
         frozen, w_int = self.frozen_state()
         scale = self.weight_quantizer.usable_scale(self.weight.dim())
@@ -302,7 +299,7 @@ class QuantLayer:
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
-    """A Conv2d, taken over with its parameters, that quantizes its weight and its input."""
+    """A Conv2d's parameters, the weight quantized, and its input."""
 
     def __init__(self, conv: nn.Conv2d, weight_quantizer: Quantizer,
                  input_quantizer: Quantizer | None = None):
@@ -319,7 +316,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
 
 class QuantLinear(QuantLayer, nn.Linear):
-    """A Linear, taken over with its parameters, that quantizes its weight and its input."""
+    """A Linear's parameters, the weight quantized, and its input."""
 
     def __init__(self, linear: nn.Linear, weight_quantizer: Quantizer,
                  input_quantizer: Quantizer | None = None):
@@ -355,8 +352,8 @@ def quantize_model(model: nn.Module, weight_bits: int, act_bits: int | None = No
 
     Args:
         model: any network whose first and last layer in module order are its first and last. A
-            layer of several names is swapped under all of them. A layer whose weight others read
-            without calling it, as torchvision's Swin does, stays in float there.
+            layer whose weight others read without a call, as torchvision's Swin does, stays in
+            float there.
         weight_bits, act_bits: 2 to 8; act_bits None leaves the inputs in float.
         first_last_bits: 2 to 8, of the weights of the first and the last layer, and of the last
             layer's input. Layers left in float count: before a float head, no layer is the last.
@@ -431,9 +428,8 @@ def images_of(batches: Iterable, model: nn.Module) -> Iterable[Tensor]:
 def evaluation_mode(model: nn.Module):
     """Evaluation mode inside; each module's own mode again after."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        yield
+        yield model.eval()
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -445,14 +441,12 @@ def calibrate(model: nn.Module, batches: Iterable, samples: int = 2**15) -> None
 
     Runs in evaluation mode with float inputs. A grid is signed where any batch has a negative
     input: on an unsigned grid a linear bottleneck loses half its values, on a signed one ReLU loses
-    a bit.
+    a bit. ValueError where no batch reaches an input, or it is not finite.
 
     Args:
         model: from quantize_model.
         batches: images (N, 3, H, W), or tuples that begin with them.
         samples: about how many values of each input a batch contributes to the MSE search.
-    Raises:
-        ValueError: where there is no batch, or an input is not finite.
     """
     names = {layer.input_quantizer: name for name, layer in quant_layers(model).items()
              if layer.input_quantizer}
@@ -475,8 +469,7 @@ def calibrate(model: nn.Module, batches: Iterable, samples: int = 2**15) -> None
             hooks.enter_context(quantizer.register_forward_hook(record))
         for images in images_of(batches, model):
             model(images)
-    missed = [name for quantizer, name in names.items() if not values[quantizer]]
-    if missed:
+    if missed := [name for quantizer, name in names.items() if not values[quantizer]]:
         raise ValueError("calibration needs at least one batch that reaches every layer in "
                          f"evaluation mode; none reached {', '.join(missed[:3])}")
     for quantizer, samples_seen in values.items():
@@ -500,19 +493,18 @@ def batch_statistics(model: nn.Module, momentum: float | None):
 
     After it, and whatever happens inside, BN's statistics and momenta are as they were.
     """
-    before = {bn: (bn.momentum, [buffer.clone() for buffer in bn.buffers()])
-              for bn in batch_norms(model).values()}
-    with evaluation_mode(model):
-        for bn in before:
-            bn.train()
-            bn.momentum = momentum
-        try:
-            yield
-        finally:
-            for bn, (own_momentum, own_buffers) in before.items():
-                bn.momentum = own_momentum
-                for buffer, own in zip(bn.buffers(), own_buffers):
-                    buffer.copy_(own)
+    bns = batch_norms(model).values()
+    before = [(bn, bn.momentum, copy.deepcopy(bn.state_dict())) for bn in bns]
+    try:
+        with evaluation_mode(model):
+            for bn in bns:
+                bn.train()
+                bn.momentum = momentum
+            yield bns
+    finally:
+        for bn, own_momentum, state in before:
+            bn.momentum = own_momentum
+            bn.load_state_dict(state)
 
 
 @torch.no_grad()
@@ -527,8 +519,8 @@ def reestimate_bn(model: nn.Module, batches: Iterable) -> None:
         batches: training images (N, 3, H, W), or tuples that begin with them; the released code
             takes 50 batches of 128. Without any: ValueError.
     """
-    done, bns = 0, batch_norms(model).values()
-    with batch_statistics(model, None):
+    done = 0
+    with batch_statistics(model, None) as bns:
         for bn in bns:
             bn.reset_running_stats()
         for done, images in enumerate(images_of(batches, model), 1):
@@ -613,11 +605,7 @@ class OscillationTracker:
 
     @torch.no_grad()
     def step(self, freeze_threshold: float | None = None) -> None:
-        """One iteration of Algorithm 1, after its optimizer step.
-
-        Args:
-            freeze_threshold: f_th, 0..1; None tracks without freezing.
-        """
+        """Algorithm 1 after its optimizer step. freeze_threshold: f_th, 0..1; None freezes none."""
         m = self.momentum
         w_int = self._gather(layer.weight_int() for layer in self.layers.values())
         # o_t = 1 where w_int changed, in the direction opposite to its previous change     Eq. 4
@@ -631,7 +619,7 @@ class OscillationTracker:
             w_int = self._freeze(self.f > freeze_threshold, w_int)
         # EMA_t(w_int) = m w_int + (1 - m) EMA_{t-1}(w_int)
         # Deviation: from the first iteration on; the released code starts it when freezing starts.
-        # Deviation: Algorithm 1 prints w^{t-1} here; round(EMA) is an integer only for integers.
+        # Deviation: Algorithm 1 prints w^{t-1}; round(EMA) is on the grid only for its integers.
         self.ema_int.lerp_(w_int, m)
         self.w_int.copy_(w_int)
 
@@ -690,10 +678,9 @@ class OscillationTracker:
         return {name: (f > threshold) & ~frozen[name] for name, f in self.frequency().items()}
 
     def oscillating(self, threshold: float | None = None) -> float:
-        """Share of the tracked weights that oscillate, 0..1 (Osc. of Tables 4 and 5).
+        """Share of the tracked weights in oscillating_masks, 0..1 (Osc. of Tables 4 and 5).
 
-        `threshold` as for oscillating_masks. Paper silent on frozen weights: they oscillate no
-        more, and stay in the denominator.
+        Paper silent on frozen weights: they oscillate no more, and stay in the denominator.
         """
         return self._share(self.oscillating_masks(threshold))
 
@@ -714,13 +701,10 @@ class OscillationTracker:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raises ValueError for a state of other layers or momentum; the tracker is as it was."""
-        own = self.state_dict()
-        wrong = [f"no {name}" for name in own if name not in state]
-        wrong += [f"unknown {name}" for name in state if name not in own]
-        wrong += [f"{name} {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
-                  for name in own if name in state and state[name].shape != own[name].shape]
-        if not wrong and not math.isclose(state["momentum"], self.momentum, rel_tol=1e-6):
-            wrong = [f"momentum {state['momentum']:.6g}, not {self.momentum:.6g}"]
+        saved, own = ({name: tuple(value.shape) or f"{value:.6g}" for name, value in each.items()}
+                      for each in (state, self.state_dict()))
+        wrong = [f"{name} is {saved.get(name)}, not {own.get(name)}" for name in own | saved
+                 if saved.get(name) != own.get(name)]
         if wrong:
             raise ValueError("tracker state is of other layers or another momentum: "
                              + "; ".join(wrong[:3]))
@@ -769,8 +753,6 @@ def cosine_anneal(start: float, end: float, progress: float, warmup: float = 0.2
         progress: share of training done, 0..1.
         warmup: share of training before the cosine begins, below 1. Paper silent: the released code
             has freezing off for the first quarter, which is the caller's part, and lambda follows.
-    Returns:
-        The value at `progress`.
     """
     t = min(max((progress - warmup) / (1 - warmup), 0.0), 1.0)
     return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
@@ -812,62 +794,54 @@ def optimize_oscillating_weights(model: nn.Module, tracker: OscillationTracker, 
 
     Each choice between two integers is relaxed to h in 0..1 (Nagel et al. 2020) and descends the
     task loss plus a regulariser that drives h to 0 or 1; all else is constant. BN normalises by the
-    batch meanwhile; re-estimate it after. Paper silent on the learning rate and the weight of the
-    regulariser, here a mean over the choices.
+    batch meanwhile; re-estimate it after. Paper silent on lr and regularizer.
 
     Args:
         model, tracker, threshold: as for sample_oscillating_weights.
-        batches: images (N, 3, H, W) and labels (N,), int64, at least `steps` times; paper: N = 64.
+        batches: images (N, 3, H, W) and labels (N,), int64; paper: N = 64. ValueError, and no
+            change, where there are fewer than `steps`.
         steps: iterations; paper: 10,000.
         lr: of Adam, for the logits of h.
-        regularizer: weight of the regulariser, off in the first fifth.
+        regularizer: weight of the regulariser's mean over the choices, off in the first fifth.
     Returns:
         The number of weights chosen.
-    Raises:
-        ValueError: where there are fewer batches than steps; the weights are as they were.
     """
-    ema = tracker.mean_integers()
-    masks = tracker.oscillating_masks(threshold)
-    masks = {name: mask for name, mask in masks.items() if mask.any()}
-    lower = {name: ema[name].floor() for name in masks}
-    shares = [(ema[name] - lower[name])[mask] for name, mask in masks.items()]
-    share = torch.cat(shares or [torch.zeros(0)])
+    masks = {name: mask for name, mask in tracker.oscillating_masks(threshold).items()
+             if mask.any()}
+    if not masks:
+        return 0
     # h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1), started at h = p(w_up)               AdaRound, Eq. 23
-    v = torch.logit((share + 0.1) / 1.2).requires_grad_()
-    optimizer = torch.optim.Adam([v], lr)
-    device, step, soft = next(model.parameters()).device, -1, {}
+    ema = tracker.mean_integers()
+    lower = {name: ema[name].floor() for name in masks}
+    v = {name: torch.logit((ema[name] - lower[name] + 0.1) / 1.2).requires_grad_()
+         for name in masks}
+    optimizer = torch.optim.Adam(v.values(), lr)
+    device, step, h = next(model.parameters()).device, -1, {}
 
     def relax(name, quantizer, args, w_hat):
-        return torch.where(masks[name], quantizer.usable_scale(w_hat.dim()) * soft[name], w_hat)
+        soft = quantizer.usable_scale(w_hat.dim()) * (lower[name] + h[name])
+        return torch.where(masks[name], soft, w_hat)
 
     with ExitStack() as hooks, batch_statistics(model, 0.0):
         for name in masks:
             quantizer = model.get_submodule(name).weight_quantizer
             hooks.enter_context(quantizer.register_forward_hook(partial(relax, name)))
-        for step, (images, labels) in enumerate(islice(batches, steps if masks else 0)):
-            h = (1.2 * v.sigmoid() - 0.1).clamp(0, 1)
-            soft.update(_chosen(lower, masks, h))
-            logits = model(images.to(device))
+        for step, (images, labels) in enumerate(islice(batches, steps)):
+            h.update({name: (1.2 * v[name].sigmoid() - 0.1).clamp(0, 1) for name in masks})
+            loss = F.cross_entropy(model(images.to(device)), labels.to(device))
             # mean of 1 - |2 h - 1|^beta, beta from 20 to 2                         AdaRound, Eq. 24
             beta = cosine_anneal(20.0, 2.0, step / steps, warmup=0.2)
-            loss = F.cross_entropy(logits, labels.to(device))
             if step >= steps / 5:
-                loss = loss + regularizer * (1 - (2 * h - 1).abs().pow(beta)).mean()
+                choices = torch.cat([h[name][mask] for name, mask in masks.items()])
+                loss = loss + regularizer * (1 - (2 * choices - 1).abs().pow(beta)).mean()
             optimizer.zero_grad()
-            loss.backward(inputs=[v])
+            loss.backward(inputs=list(v.values()))
             optimizer.step()
-    if masks and step < steps - 1:
+    if step < steps - 1:
         raise ValueError(f"{steps} steps need as many batches; there were {step + 1}")
-    for name, w_int in _chosen(lower, masks, v.detach() > 0).items():
-        model.get_submodule(name).place(masks[name], w_int)
-    return v.numel()
-
-
-def _chosen(lower: dict, masks: dict, h: Tensor) -> dict[str, Tensor]:
-    """By layer, W: lower + h under the mask, lower elsewhere."""
-    parts = h.split([mask.sum().item() for mask in masks.values()])
-    return {name: lower[name].masked_scatter(mask, lower[name][mask] + part)
-            for (name, mask), part in zip(masks.items(), parts)}
+    for name, mask in masks.items():
+        model.get_submodule(name).place(mask, lower[name] + (v[name] > 0))
+    return sum(mask.sum().item() for mask in masks.values())
 
 
 # --------------------------------------------------------------------------------------------------

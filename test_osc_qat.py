@@ -295,8 +295,8 @@ def test_a_network_trains_to_the_same_numbers_as_with_a_textbook_quantizer(per_c
         w, s = own[f"{k}.weight"], own[f"{k}.weight_quantizer.scale"]
         return textbook(w, s.view(-1, *[1] * (w.dim() - 1)), n, -n - 1)
 
-    def given(x, k, n):
-        return textbook(x, own[f"{k}.input_quantizer.scale"], n, n + 7)
+    def given(x, k, n, bits=3):
+        return textbook(x, own[f"{k}.input_quantizer.scale"], n, n + 2**bits - 1)
 
     def norm(x, k):
         return F.batch_norm(x, None, None, own[f"{k}.weight"], own[f"{k}.bias"], training=True)
@@ -305,7 +305,7 @@ def test_a_network_trains_to_the_same_numbers_as_with_a_textbook_quantizer(per_c
         x = norm(F.conv2d(x, weight(0, -128), own["0.bias"]), 1).relu()
         x = norm(F.conv2d(given(x, 3, 0), weight(3, -4), own["3.bias"]), 4)
         x = F.conv2d(given(F.hardswish(x), 6, -4), weight(6, -4), own["6.bias"], groups=8)
-        return F.linear(given(norm(x, 7).mean((2, 3)), 11, -4), weight(11, -128), own["11.bias"])
+        return F.linear(given(norm(x, 7).mean((2, 3)), 11, -128, 8), weight(11, -128), own["11.bias"])
 
     losses = []
     for call, named in ((net.train(), dict(net.named_parameters())), (forward, own)):
@@ -703,10 +703,10 @@ def test_a_tracker_refuses_the_state_of_other_layers_shapes_or_momentum_and_says
         return OscillationTracker(quantize_model(net, 3, first_last_bits=3), m)
 
     state = tracker((2, 3), (3, 2)).state_dict()
-    for other, words in ((tracker((3, 2), (2, 3)), r"0.w_int \(3, 2\), not \(2, 3\)"),
-                         (tracker((2, 3)), "unknown 1.w_int"),
-                         (tracker((2, 3), (3, 2), (2, 2)), "no 2.w_int"),
-                         (tracker((2, 3), (3, 2), m=0.2), "momentum 0.1, not 0.2")):
+    for other, words in ((tracker((3, 2), (2, 3)), r"0.w_int is \(3, 2\), not \(2, 3\)"),
+                         (tracker((2, 3)), "1.w_int is .2, 3., not None"),
+                         (tracker((2, 3), (3, 2), (2, 2)), "2.w_int is None, not .2, 2."),
+                         (tracker((2, 3), (3, 2), m=0.2), "momentum is 0.1, not 0.2")):
         before = other.state_dict()
         with pytest.raises(ValueError, match="other layers or another momentum: .*" + words):
             other.load_state_dict(state)
