@@ -31,7 +31,9 @@ needs the tracker. Section 2.2 is toy_oscillation.py.
 """
 
 import copy
+import io
 import math
+import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -849,52 +851,53 @@ def optimize_oscillating_weights(model: nn.Module, tracker: OscillationTracker, 
 # --------------------------------------------------------------------------------------------------
 
 
-def export_onnx(model: nn.Module, image_shape: tuple, metadata: dict | None = None) -> bytes:
-    """The network as an ONNX file in quantize/dequantize form, BN as it is: re-estimate it before.
+class OnnxNode(torch.autograd.Function):
+    """An operator of ONNX, by its name there; it only holds a place while torch traces."""
 
-    Args:
-        model: from quantize_model; it is left as it was.
-        image_shape: (3, H, W), fixed in the file; the batch size is free.
-        metadata: strings by name, for the file's metadata_props.
-    Returns:
-        The file. Layer L's integers are its initializer L.w_int: INT4 up to 4 bits, INT8 above.
-    Raises:
-        ImportError: without the packages onnx and onnxscript, or for a torch before 2.8.
+    @staticmethod
+    def forward(ctx, op, attributes, x, *others):
+        return x.float()
+
+    @staticmethod
+    def symbolic(g, op, attributes, *inputs):
+        return g.op(op, *inputs, **attributes)
+
+
+def export_onnx(model: nn.Module, image_shape: tuple, metadata: dict[str, str]) -> bytes:
+    """A network from quantize_model as an ONNX file, opset 21, in quantize/dequantize form.
+
+    Images are (N, *image_shape), N is free. A layer's integers are the initializer LAYER.w_int,
+    INT4 up to 4 bits, INT8 above. BN is exported as it stands. ImportError: pip install onnx.
     """
-    import ml_dtypes  # part of onnx
+    import ml_dtypes  # comes with onnx
     import onnx
-    from torch.onnx.ops import symbolic
 
-    def node(op, *inputs, dtype=torch.float32, **attributes):
-        return symbolic(op, inputs, attributes, dtype=dtype, shape=inputs[0].shape)
+    node, net, file = OnnxNode.apply, copy.deepcopy(model).cpu().float().eval(), io.BytesIO()
 
     def input_hat(q, x):
         kind = getattr(onnx.TensorProto, f"{'U' * (not q.signed)}INT{4 if q.bits <= 4 else 8}")
         if q.bits not in (4, 8):  # the type is wider than the grid; s n and s p round to n and p
-            x = node("Clip", x, q.scale * q.int_min, q.scale * q.int_max)
-        x_int = node("QuantizeLinear", x, q.scale, dtype=kind, output_dtype=kind)
-        return node("DequantizeLinear", x_int, q.scale)
+            x = node("Clip", {}, x, q.scale * q.int_min, q.scale * q.int_max)
+        x_int = node("QuantizeLinear", {"output_dtype_i": kind}, x, q.scale)
+        return node("DequantizeLinear", {}, x_int, q.scale)
 
-    net = copy.deepcopy(model).cpu().float().eval()
     for name, layer in quant_layers(net).items():
-        w_int, q = model.get_submodule(name).weight_int(), layer.weight_quantizer
-        layer.register_buffer("w_int", w_int.to("cpu", torch.int8))
-        layer.weight_hat = lambda layer=layer: node(
-            "DequantizeLinear", layer.w_int, layer.weight_quantizer.scale, axis=0)
+        layer.w_int = nn.Buffer(model.get_submodule(name).weight_int().char().cpu())
+        for q in filter(None, (layer.input_quantizer, layer.weight_quantizer)):
+            q.scale.data = q.usable_scale(1).data.squeeze()  # a single one as a scalar
+        layer.weight_hat = partial(node, "DequantizeLinear", {"axis_i": 0}, layer.w_int, q.scale)
         if layer.input_quantizer:
             layer.input_hat = partial(input_hat, layer.input_quantizer)
-    for q in (module for module in net.modules() if isinstance(module, Quantizer)):
-        q.scale.data = q.usable_scale(1).data.squeeze()  # of one scale, a scalar
-    images = torch.zeros(2, *image_shape)
-    proto = torch.onnx.export(net, (images,), dynamo=True, opset_version=21, verbose=False,
-                              dynamic_shapes=[{0: "batch"}], input_names=["images"],
-                              output_names=["logits"]).model_proto
-    proto.graph.ClearField("value_info")  # it has the types before packing
-    for part in proto.graph.node:
-        part.ClearField("metadata_props")  # the exporter's traces, longer than the network
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # deprecated; torch's new exporter takes 30 times as long
+        torch.onnx.export(net, torch.zeros(2, *image_shape), file, dynamo=False, opset_version=20,
+                          input_names=["images"], output_names=["logits"],
+                          dynamic_axes={"images": {0: "N"}, "logits": {0: "N"}})
+    proto = onnx.load_from_string(file.getvalue())
+    proto.ir_version, proto.opset_import[0].version = 10, 21  # to 20 it adds types, such as INT4
     for tensor in proto.graph.initializer:
         if tensor.name in [f"{name}.w_int" for name in quant_layers(model, 4)]:
             w_int = onnx.numpy_helper.to_array(tensor).astype(ml_dtypes.int4)
             tensor.CopyFrom(onnx.numpy_helper.from_array(w_int, tensor.name))
-    onnx.helper.set_model_props(proto, metadata or {})
+    onnx.helper.set_model_props(proto, {"image_shape": str(image_shape), **metadata})
     return proto.SerializeToString()

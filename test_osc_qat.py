@@ -1041,6 +1041,113 @@ def test_a_half_precision_network_freezes_on_its_grid():
     assert_same({name: layer.weight_hat() for name, layer in layers.items()}, before)
 
 
+# --- Beyond the paper: ONNX -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def onnx():
+    pytest.importorskip("onnxruntime", reason="pip install onnx onnxruntime to test the export")
+    return pytest.importorskip("onnx", reason="pip install onnx onnxruntime to test the export")
+
+
+def session(content, optimize=True):
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    loaded = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(loaded.run(None, {"images": x.numpy()})[0])
+
+
+def assert_integers(onnx, content, model):
+    """Reads the file as anybody would: types, packing and all integers are the network's."""
+    proto = onnx.load_from_string(content)
+    onnx.checker.check_model(proto, full_check=True)
+    assert [(each.domain, each.version >= 21) for each in proto.opset_import] == [("", True)]
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for name, layer in quant_layers(model).items():
+        tensor, bits = tensors[f"{name}.w_int"], layer.weight_quantizer.bits
+        assert tensor.data_type == (onnx.TensorProto.INT4 if bits <= 4 else onnx.TensorProto.INT8)
+        assert len(tensor.raw_data) == math.ceil(layer.weight.numel() * (4 if bits <= 4 else 8) / 8)
+        w_int = torch.from_numpy(onnx.numpy_helper.to_array(tensor).astype("float32"))
+        assert_same(w_int, layer.weight_int())
+    return proto
+
+
+@pytest.mark.parametrize("name, bits, act_bits, per_channel, size", [
+    ("mobilenet_v2", 4, 4, False, 32), ("mobilenet_v3_small", 8, 8, False, 64),
+    ("efficientnet_lite0", 3, 3, True, 32), ("tensorflow", 3, None, False, 33),
+    ("resnet18", 3, 3, False, 32), ("resnet18", 8, 8, True, 32)])
+def test_onnxruntime_computes_the_same_logits(onnx, name, bits, act_bits, per_channel, size):
+    """Eq. 1 in another runtime, optimized or not, with as many images as one likes."""
+    same_pad = name == "tensorflow"
+    net = train.efficientnet_lite0(10, name) if same_pad else train.build_model(name, 10, width=.35)
+    batches = [torch.randn(16, 3, size, size) + 2 * torch.randn(16, 3, 1, 1) for _ in range(2)]
+    reestimate_bn(net, batches)
+    quantize_model(net, bits, act_bits, per_channel=per_channel)
+    calibrate(net, batches)
+    reestimate_bn(net.train(), batches)
+    before = snapshot(net)
+    content = osc_qat.export_onnx(net, (3, size, size), {"classes": "a b"})
+    assert_same(snapshot(net), before)
+    assert net.training
+    proto = assert_integers(onnx, content, net)
+    props = {each.key: each.value for each in proto.metadata_props}
+    assert props == {"classes": "a b", "image_shape": f"(3, {size}, {size})"}
+    nodes = [node.op_type for node in proto.graph.node]
+    inputs = len(quant_layers(net)) - 1 if act_bits else 0
+    assert nodes.count("QuantizeLinear") == inputs
+    assert nodes.count("DequantizeLinear") == inputs + len(quant_layers(net))
+    x = batches[0]
+    expected = net.eval()(x).detach()
+    assert expected.std(0).mean() > 0.01 * expected.abs().max()  # the network is alive
+    for optimize in (True, False):
+        run = session(content, optimize)
+        logits = torch.cat([run(x[:1]), run(x[1:])])
+        # A sum in another order may cross a threshold of Eq. 1, and the layers after it amplify one
+        # step (PyTorch beside itself in float64 has as many): most images have no such crossing.
+        error = (logits - expected).abs().amax(1) / expected.abs().max()
+        close = error < 1e-4
+        assert close.float().mean() > 0.5 and error.max() < 0.3
+        assert_same(logits[close].argmax(1), expected[close].argmax(1))
+
+
+@GRIDS
+def test_onnxruntime_rounds_as_eq_1_at_every_threshold_and_one_ulp_beside_it(onnx, bits, signed):
+    """Eq. 1: half to even after a division, by Clip and saturation as by clip."""
+    net = quantize_model(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), 4, bits)
+    for layer in net:  # both pass on what they get, the second on its input's grid
+        layer.weight.data.fill_(1)
+        layer.weight_quantizer.scale.data.fill_(1)
+        layer.bias.data.zero_()
+    q = layer.input_quantizer
+    q.signed = bool(signed)
+    for scale in torch.rand(3) * 0.3 + 0.01:
+        q.scale.data.fill_(scale)
+        x = torch.cat([thresholds(q, scale), torch.tensor([0, -0.0, 1e30, -1e30])]).view(-1, 1)
+        content = osc_qat.export_onnx(net, (1,), {})
+        for optimize in (True, False):
+            assert_same((session(content, optimize)(x) / scale).round(), q.to_int(x))
+
+
+@PER_CHANNEL
+def test_a_network_of_ones_own_and_frozen_integers_are_exported(onnx, per_channel, capfd):
+    """Algorithm 1: frozen integers, though the latent weight rounds to others."""
+    model = small_net(3, 5, per_channel=per_channel)
+    calibrate(model, images())
+    freeze_half(model)
+    for layer in quant_layers(model, 4).values():
+        layer.weight.data += layer.weight_quantizer.usable_scale(4)
+    layer = model[3]
+    assert (layer.weight_int() != layer.weight_quantizer.to_int(layer.weight)).any()
+    content = osc_qat.export_onnx(model, (3, 12, 12), {})
+    assert capfd.readouterr() == ("", "")
+    assert_integers(onnx, content, model)
+    x = images()[0]
+    assert_close(session(content)(x), model.eval()(x))
+
+
 # --- Section 2.2 and appendix A: the toy ----------------------------------------------------------
 
 
