@@ -234,7 +234,8 @@ def test_a_nan_or_infinite_scale_reaches_the_loss(place, broken):
 @pytest.mark.parametrize("of_g", [torch.contiguous_format, torch.channels_last])
 def test_the_order_of_a_tensor_in_memory_changes_no_gradient(of_x, of_g):
     """LSQ: the scale's gradient of a batch of pictures, channels first or last."""
-    u, g = torch.randint(-6, 6, (3, 4, 5, 6)) + 0.3 * torch.rand(3, 4, 5, 6), torch.randn(3, 4, 5, 6)
+    u = torch.randint(-6, 6, (3, 4, 5, 6)) + 0.3 * torch.rand(3, 4, 5, 6)
+    g = torch.randn(3, 4, 5, 6)
     x = (0.1 * u).to(memory_format=of_x).requires_grad_()
     scale = torch.tensor([0.1], requires_grad=True)
     fake_quantize(x, scale, -4, 3).backward(g.to(memory_format=of_g))
@@ -305,7 +306,8 @@ def test_a_network_trains_to_the_same_numbers_as_with_a_textbook_quantizer(per_c
         x = norm(F.conv2d(x, weight(0, -128), own["0.bias"]), 1).relu()
         x = norm(F.conv2d(given(x, 3, 0), weight(3, -4), own["3.bias"]), 4)
         x = F.conv2d(given(F.hardswish(x), 6, -4), weight(6, -4), own["6.bias"], groups=8)
-        return F.linear(given(norm(x, 7).mean((2, 3)), 11, -128, 8), weight(11, -128), own["11.bias"])
+        x = given(norm(x, 7).mean((2, 3)), 11, -128, 8)
+        return F.linear(x, weight(11, -128), own["11.bias"])
 
     losses = []
     for call, named in ((net.train(), dict(net.named_parameters())), (forward, own)):
@@ -376,7 +378,8 @@ def test_every_name_of_a_shared_layer_becomes_the_same_quantized_layer():
     net = nn.Sequential(nn.Conv2d(3, 3, 1), block, block, nn.Flatten(), nn.Linear(27, 27))
     net.append(net[4])
     model = quantize_model(net, 3, 4)
-    assert model[1][0] is model[2][0] and model[4] is model[5] and model[4].input_quantizer.bits == 8
+    assert model[1][0] is model[2][0] and model[4] is model[5]
+    assert model[4].input_quantizer.bits == 8
     assert not [module for module in model.modules() if type(module) in (nn.Conv2d, nn.Linear)]
     assert list(OscillationTracker(model).integers()) == ["1.0"]
     calibrate(model, [torch.randn(2, 3, 3, 3)])
