@@ -55,10 +55,9 @@ def quantize_to_int(x: Tensor, scale: Tensor, int_min: int, int_max: int) -> Ten
     and export all round here. An oscillating weight lives on the threshold, where another formula
     for the same thing (x * (1/s), as in torch's fused kernels) rounds the other way.
     """
+    u = x / scale
     if x.is_cuda and torch.compiler.is_compiling():  # whose float32 division errs in the last bit
-        u = torch.div(x.double(), scale.double()).to(x.dtype)
-    else:
-        u = torch.div(x, scale)
+        u = (x.double() / scale.double()).to(x.dtype)
     return u.round_().clamp_(int_min, int_max)
 
 
@@ -75,7 +74,6 @@ def at_least_float32(x: Tensor) -> Tensor:
 # times softer (k = 0.5), hardly different from STE; PSG it has none.
 EWGS_DELTA, PSG_EPS, DSQ_K = 0.2, 0.01, 5.0
 
-
 ESTIMATORS = {
     # Straight-through estimator, Eq. 2: g. Bengio et al. 2013
     "ste": lambda g, u: g,
@@ -91,6 +89,7 @@ ESTIMATORS = {
 
 
 def check_estimator(name: str) -> None:
+    """Raises ValueError for an unknown one."""
     if name not in ESTIMATORS:
         raise ValueError(f"estimator {name!r} is unknown; choose from {', '.join(ESTIMATORS)}")
 
@@ -344,8 +343,8 @@ SWAPS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
 
 
 def quantize_model(model: nn.Module, weight_bits: int, act_bits: int | None = None,
-                   first_last_bits: int = 8, per_channel: bool = False, estimator: str = "ste",
-                   leave_float: Iterable[str] = ()) -> nn.Module:
+                   first_last_bits: int = 8, per_channel: bool = False,
+                   estimator: str = "ste") -> nn.Module:
     """Swaps every Conv2d and Linear of a classifier for its quantized layer, in place.
 
     The inputs of all layers are quantized, squeeze-excite layers included, but for the first:
@@ -353,35 +352,26 @@ def quantize_model(model: nn.Module, weight_bits: int, act_bits: int | None = No
     scales are MSE-initialised. Input scales are 1 until `calibrate` sets them.
 
     Args:
-        model: any network whose first and last layer in module order are its first and last. A
-            layer whose weight others read without a call, as torchvision's Swin does, stays in
-            float there.
+        model: any network whose first and last layer in module order are its first and last.
         weight_bits, act_bits: 2 to 8; act_bits None leaves the inputs in float.
-        first_last_bits: 2 to 8, of the weights of the first and the last layer, and of the last
-            layer's input. Layers left in float count: before a float head, no layer is the last.
+        first_last_bits: 2 to 8, of the first and the last layer's weights, and the last's input.
         per_channel: one weight scale per output channel (inputs always have one scale).
         estimator: name in ESTIMATORS, of the weights. Inputs have the straight-through estimator:
             a factor per layer would multiply up through a network's depth.
-        leave_float: names of modules that stay in float with all that is below them.
     Returns:
         The same model.
     Raises:
         ValueError: where there is nothing to swap, an argument is out of range, or a layer cannot
-            be quantized and is not in leave_float; the model is as it was.
+            be quantized; the model is as it was.
     """
-    modules, left = dict(model.named_modules(remove_duplicate=False)), tuple(leave_float)
-    if unknown := [name for name in left if name not in modules]:
-        raise ValueError(f"leave_float: the model has no module {', '.join(unknown[:3])}")
     names: dict[nn.Module, list[str]] = {}  # a layer's own, one or several
-    for name, module in modules.items():
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, WEIGHTED):
             names.setdefault(module, []).append(name)
-    first, last = next(iter(names), None), next(reversed(names), None)
-    names = {layer: own for layer, own in names.items()
-             if not any(f"{name}.".startswith(f"{top}.") for name in own for top in left)}
     if not names or model in names:
         raise ValueError("the model contains no Conv2d or Linear layer to quantize")
     refuse_unfit(model, names)
+    (first, *_), (*_, last) = names, names
     swapped = {}
     for layer in names:
         bits = first_last_bits if layer in (first, last) else weight_bits
@@ -414,8 +404,7 @@ def refuse_unfit(model: nn.Module, names: dict[nn.Module, list[str]]) -> None:
     if unfit:
         more = f" and {len(unfit) - 3} more" if len(unfit) > 3 else ""
         raise ValueError(f"cannot quantize {', '.join(unfit[:3])}{more}: only plain Conv2d and "
-                         "Linear, zero padding, a weight that is neither shared nor computed. "
-                         "leave_float takes names to leave in float")
+                         "Linear, zero padding, a weight that is neither shared nor computed")
 
 
 def images_of(batches: Iterable, model: nn.Module) -> Iterable[Tensor]:
@@ -846,9 +835,7 @@ def optimize_oscillating_weights(model: nn.Module, tracker: OscillationTracker, 
     return sum(mask.sum().item() for mask in masks.values())
 
 
-# --------------------------------------------------------------------------------------------------
-# Beyond the paper: a network for other runtimes
-# --------------------------------------------------------------------------------------------------
+# --- Beyond the paper: a network for other runtimes -----------------------------------------------
 
 
 class OnnxNode(torch.autograd.Function):
