@@ -853,11 +853,10 @@ class OnnxNode(torch.autograd.Function):
 def export_onnx(model: nn.Module, image_shape: tuple, metadata: dict[str, str]) -> bytes:
     """A network from quantize_model as an ONNX file, opset 21, in quantize/dequantize form.
 
-    Images are (N, *image_shape), N is free. A layer's integers are the initializer LAYER.w_int,
-    INT4 up to 4 bits, INT8 above. BN is exported as it stands. ImportError: pip install onnx.
+    For images (N, *image_shape), N free; BN as it stands; integers as initializers LAYER.w_int,
+    INT4 up to 4 bits, else INT8. Raises ImportError without onnx.
     """
-    import ml_dtypes  # comes with onnx
-    import onnx
+    import onnx  # gives numpy the type int4
 
     node, net, file = OnnxNode.apply, copy.deepcopy(model).cpu().float().eval(), io.BytesIO()
 
@@ -870,21 +869,27 @@ def export_onnx(model: nn.Module, image_shape: tuple, metadata: dict[str, str]) 
 
     for name, layer in quant_layers(net).items():
         layer.w_int = nn.Buffer(model.get_submodule(name).weight_int().char().cpu())
-        for q in filter(None, (layer.input_quantizer, layer.weight_quantizer)):
-            q.scale.data = q.usable_scale(1).data.squeeze()  # a single one as a scalar
+        q, q_in = layer.weight_quantizer, layer.input_quantizer
+        for each in (q, q_in) if q_in else (q,):
+            each.scale.data = each.usable_scale(1).data.squeeze()  # a single scale as a scalar
         layer.weight_hat = partial(node, "DequantizeLinear", {"axis_i": 0}, layer.w_int, q.scale)
-        if layer.input_quantizer:
-            layer.input_hat = partial(input_hat, layer.input_quantizer)
+        layer.input_hat = partial(input_hat, q_in) if q_in else layer.input_hat
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # deprecated; torch's new exporter takes 30 times as long
         torch.onnx.export(net, torch.zeros(2, *image_shape), file, dynamo=False, opset_version=20,
                           input_names=["images"], output_names=["logits"],
-                          dynamic_axes={"images": {0: "N"}, "logits": {0: "N"}})
+                          dynamic_axes=dict.fromkeys(["images", "logits"], {0: "N"}))
     proto = onnx.load_from_string(file.getvalue())
     proto.ir_version, proto.opset_import[0].version = 10, 21  # to 20 it adds types, such as INT4
-    for tensor in proto.graph.initializer:
+    nodes, tensors = proto.graph.node, proto.graph.initializer
+    known = {tensor.name: tensor for tensor in tensors}
+    for same in [each for each in nodes if each.op_type == "Identity" and each.input[0] in known]:
+        tensors.add().CopyFrom(known[same.input[0]])  # of equal tensors torch has kept one
+        tensors[-1].name = same.output[0]
+        nodes.remove(same)
+    for tensor in tensors:
         if tensor.name in [f"{name}.w_int" for name in quant_layers(model, 4)]:
-            w_int = onnx.numpy_helper.to_array(tensor).astype(ml_dtypes.int4)
+            w_int = onnx.numpy_helper.to_array(tensor).astype("int4")
             tensor.CopyFrom(onnx.numpy_helper.from_array(w_int, tensor.name))
     onnx.helper.set_model_props(proto, {"image_shape": str(image_shape), **metadata})
     return proto.SerializeToString()

@@ -1138,8 +1138,10 @@ def test_onnxruntime_rounds_as_eq_1_at_every_threshold_and_one_ulp_beside_it(onn
 def test_a_network_of_ones_own_and_frozen_integers_are_exported(onnx, per_channel, capfd):
     """Algorithm 1: frozen integers, though the latent weight rounds to others."""
     model = small_net(3, 5, per_channel=per_channel)
-    calibrate(model, images())
     freeze_half(model)
+    model.insert(6, nn.Sequential(QuantConv2d(nn.Conv2d(8, 8, 1), Quantizer(3))))
+    model.insert(7, copy.deepcopy(model[6]))  # the same tensors twice are still two layers'
+    calibrate(model, images())
     for layer in quant_layers(model, 4).values():
         layer.weight.data += layer.weight_quantizer.usable_scale(4)
     layer = model[3]
@@ -1148,7 +1150,8 @@ def test_a_network_of_ones_own_and_frozen_integers_are_exported(onnx, per_channe
     assert capfd.readouterr() == ("", "")
     assert_integers(onnx, content, model)
     x = images()[0]
-    assert_close(session(content)(x), model.eval()(x))
+    for optimize in (True, False):
+        assert_close(session(content, optimize)(x), model.eval()(x))
 
 
 # --- Section 2.2 and appendix A: the toy ----------------------------------------------------------
