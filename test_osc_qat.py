@@ -414,25 +414,12 @@ ODD = {"Conv1d": lambda: nn.Conv1d(2, 2, 1), "Conv3d": lambda: nn.Conv3d(2, 2, 1
 
 @pytest.mark.parametrize("kind", ODD)
 @pytest.mark.filterwarnings("ignore:Lazy modules")
-def test_what_cannot_be_quantized_is_named_or_left_in_float_on_request(kind):
+def test_what_cannot_be_quantized_is_refused_by_name(kind):
     """Section 4: in float without a word, "first" or "last" would fall on another layer."""
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Sequential(ODD[kind]()))
-    with pytest.raises(ValueError, match=rf"cannot quantize 2\.0 \({kind}\).*leave_float"):
+    with pytest.raises(ValueError, match=rf"cannot quantize 2\.0 \({kind}\)"):
         quantize_model(net, 3)
     assert type(net[0]) is type(net[1]) is nn.Linear
-    odd = net[2][0]
-    model = quantize_model(net, 3, 4, leave_float=["2"])
-    assert model[2][0] is odd and list(quant_layers(model))[:2] == ["0", "1"]
-    bits = model[1].weight_quantizer.bits, model[1].input_quantizer.bits
-    assert model[0].weight_quantizer.bits == 8 and bits == (3, 4)  # the odd one is the last
-
-
-def test_leave_float_takes_names_of_modules_and_nothing_else():
-    with pytest.raises(ValueError, match="has no module head"):
-        quantize_model(tied_net(), 3, leave_float=["head"])
-    net = nn.Sequential(*[nn.Linear(1, 1) for _ in range(12)])
-    model = quantize_model(net, 3, leave_float=("1",))
-    assert list(quant_layers(model)) == ["0", *map(str, range(2, 12))]  # 10 and 11 are not below 1
 
 
 def test_a_weight_of_two_layers_is_refused_by_name():
@@ -441,7 +428,6 @@ def test_a_weight_of_two_layers_is_refused_by_name():
     with pytest.raises(ValueError, match="1 .its weight is that of 1 and 2.*, 2 .its weight"):
         quantize_model(net, 3)
     assert [type(layer) for layer in net] == 3 * [nn.Linear]
-    quantize_model(net, 3, leave_float=["1", "2"])
 
 
 @PER_CHANNEL

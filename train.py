@@ -919,7 +919,7 @@ def export(run: Run, path: str) -> None:
     facts = {"classes": run.facts["classes"], "mean": inputs.mean, "std": inputs.std,
              "interpolation": inputs.interpolation.value, "resize": round(size * inputs.resize),
              "image_size": size, "weight_bits": run.args.bits, "act_bits": run.args.act_bits}
-    with blame("--export: needs packages; pip install onnx onnxscript", ImportError):
+    with blame("--export: needs a package; pip install onnx", ImportError):
         content = export_onnx(run.model, (3, size, size), {
             key: json.dumps(value) for key, value in facts.items()})
     save_atomically(Path(path), content, "--export")
