@@ -374,22 +374,16 @@ def quantize_model(model: nn.Module, weight_bits: int, act_bits: int | None = No
 
 def refuse_unfit(model: nn.Module, names: dict[nn.Module, list[str]]) -> None:
     """Raises ValueError where one of these layers of the model, with names, cannot be swapped."""
-    owners: dict[nn.Parameter, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(parameter, []).append(name)
-    unfit = []
+    own, unfit = [p for m in model.modules() for p in m.parameters(recurse=False)], []
     for layer, (name, *_) in names.items():
         weight = dict(layer.named_parameters(recurse=False)).get("weight")  # None: computed
-        if len(owners.get(weight, [])) > 1:
-            unfit.append(f"{name} (its weight is that of {' and '.join(owners[weight])})")
-        elif (type(layer) not in SWAPS or weight is None
-                or getattr(layer, "padding_mode", "zeros") != "zeros"):
-            unfit.append(f"{name} ({type(layer).__name__})")
+        shared = weight is not None and sum(p is weight for p in own) > 1
+        padding = getattr(layer, "padding_mode", "zeros")
+        if type(layer) not in SWAPS or weight is None or shared or padding != "zeros":
+            unfit.append(f"{name} ({type(layer).__name__}{', shared weight' * shared})")
     if unfit:
-        more = f" and {len(unfit) - 3} more" if len(unfit) > 3 else ""
-        raise ValueError(f"cannot quantize {', '.join(unfit[:3])}{more}: only plain Conv2d and "
-                         "Linear, zero padding, a weight that is neither shared nor computed")
+        raise ValueError(f"cannot quantize {', '.join(unfit[:4])}: only plain Conv2d and Linear, "
+                         "zero padding, a weight that is neither shared nor computed")
 
 
 def images_of(batches: Iterable, model: nn.Module) -> Iterable[Tensor]:
