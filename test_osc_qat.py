@@ -1241,6 +1241,54 @@ def test_toy_dampening_pulls_the_weight_off_the_threshold():
     assert_close(toy_cycles(w_hat), (d / 0.1 - 0.1) / 0.8, rtol=0.02, atol=0)
 
 
+def toy_predictions(target, at_onset, **settings):
+    """What predict says of each weight: where q(w) is on average, whether w swings."""
+    laws = [toy_oscillation.predict(toy_oscillation.Toy(w_star, **settings), used)
+            for w_star, used in zip(target.tolist(), at_onset.tolist())]
+    means, frequencies = ([law[key] for law in laws] for key in ("mean q(w)", "frequency"))
+    return torch.tensor(means).double(), torch.tensor(frequencies) > 0
+
+
+@pytest.mark.parametrize("estimator, lr", (("ste", 0.1), ("ste", 0.5), ("ewgs", 0.02),
+                                           ("psg", 0.02), ("dsq", 0.004)))
+def test_toy_dampening_rests_on_the_first_grid_point_within_lambda_s_of_the_target(estimator, lr):
+    """Eq. 5: none below d/s, the near one up to 1 - d/s, above it the one in use at the onset."""
+    factor = {"ste": 1, "ewgs": 0.9, "psg": 0.51, "dsq": 2.5339}[estimator]
+    target, point, d = toy_targets(0.02, 0.5, count=30)
+    start = point + (target - point).sign() * 0.05
+    far = point + (target - point).sign() * 0.1
+    near_seen = far_seen = 0
+    for strength in (0.0, 0.2, 0.48, 0.65, 0.9, 1.05):
+        settings = dict(lr=lr, estimator=estimator, dampening=strength * factor, steps=250,
+                        cure_after=41)
+        w_hat = toy_oscillation.simulate(target, start=start, **settings)[1]
+        means, swings = toy_predictions(target, w_hat[41], **settings)
+        clear = torch.minimum((strength - d / 0.1).abs(), (strength - 1 + d / 0.1).abs()) > 0.015
+        rests = (w_hat[150:] == w_hat[-1]).all(0)
+        assert torch.equal(swings[clear], d[clear] / 0.1 > strength)
+        assert torch.equal(rests[clear & (d > 0.005)], ~swings[clear & (d > 0.005)])
+        held = clear & ~swings
+        used = torch.where(strength > 1 - d / 0.1, w_hat[41], point)
+        assert_close(means[held], used[held])
+        assert_close(w_hat[-1][held], used[held])
+        near_seen += (held & (w_hat[-1] - point).abs().lt(0.01)).sum()
+        far_seen += (held & (w_hat[-1] - far).abs().lt(0.01)).sum()
+    assert near_seen > 30 and far_seen > 5
+
+
+def test_toy_dampening_holds_a_weight_that_comes_from_afar_at_the_first_such_point():
+    target = toy_targets(0.02, 0.5, count=40)[0].clamp(-0.35, 0.25)
+    start = target + 0.3 * (2 * torch.rand(40, dtype=torch.float64) - 1)
+    for strength in (0.7, 1.3, 2.2):
+        settings = dict(lr=0.1, dampening=strength, steps=500)
+        w_hat = toy_oscillation.simulate(target, start=start, **settings)[1]
+        means, swings = toy_predictions(target, w_hat[0], **settings)
+        gap = (w_hat[0] - target).abs() / 0.1
+        assert not swings.any() and (strength < 1 or (w_hat[-1] - target).abs().max() > 0.1)
+        clear = ((gap - strength).remainder(1) - 0.5).abs() < 0.48
+        assert_close(means[clear], w_hat[-1][clear])
+
+
 @pytest.mark.parametrize("threshold, freezes", ((0.02, True), (0.95, False)))
 def test_toy_freezing_pins_the_more_frequent_state(threshold, freezes):
     """Algorithm 1: round(EMA(w_int)); with two reversals a cycle, f_th above 2 d/s freezes none."""
@@ -1259,10 +1307,10 @@ def test_toy_target_on_a_grid_point_stays():
     assert (w[-1] - target).abs().max() < 1e-12 and (w_hat == w_hat[0]).all()
 
 
-TOY_BAD = ("--target 5", "--target nan", "--scale 0", "--scale -1", "--scale inf", "--lr 0",
-           "--lr -0.1", "--lr nan", "--lr fast", "--lr", "--estimator none", "--steps 0",
-           "--steps 1.5", "--dampening -1", "--freeze-threshold 1", "--cure-after -1", "--seed -1",
-           "--colour", "--json /no/such/folder/toy.json", "--plot toy.png")
+TOY_BAD = ("--target 5", "--target nan", "--lr 0", "--lr -0.1", "--lr nan", "--lr fast", "--lr",
+           "--estimator none", "--steps 0", "--steps 1.5", "--dampening -1", "--freeze-threshold 1",
+           "--cure-after -1", "--colour", "--json /no/such/folder/toy.json", "--plot toy.png",
+           "--plot toy.gif")
 
 
 @pytest.mark.parametrize("line", TOY_BAD)
@@ -1288,12 +1336,18 @@ def test_toy_prints_both_phases_and_a_table_that_holds(capsys, tmp_path):
     assert "q(w) = 0.2" not in travel and travel.count("q(w) = 0.1") > 10
     assert swing.count("q(w) = 0.1") > 20 and swing.count("q(w) = 0.2") > 8
     results = json.loads(path.read_text())
-    rows = [(row["measured"], row["predicted"]) for row in results["table"]]
-    assert [row[1] for row in rows] == pytest.approx([0.313, 0.687, 0.313, 0.1313, 0.00687, 0.626])
-    assert all(row[0] == pytest.approx(row[1], rel=0.01) for row in rows[:5])
-    assert results["settings"]["target"] == 0.1313 and len(results["compare"]) == 3
-    for row, lr in zip(results["compare"], (0.1, 0.01, 0.001)):
-        assert row["height"] == pytest.approx(lr * 0.0687, rel=0.01)
+    assert results["settings"]["target"] == 0.1313 and len(results["table"]) == 3
+    for row, lr in zip(results["table"], (0.1, 0.01, 0.001)):
+        for key, law in (("frequency", 0.313), ("mean q(w)", 0.1313),
+                         ("height", lr * 0.0687)):
+            measured, predicted = row[key]
+            assert predicted == pytest.approx(law) and measured == pytest.approx(law, rel=0.01)
+
+
+@pytest.mark.parametrize("scale", (0, -1, math.inf, math.nan))
+def test_toy_refuses_a_scale_that_makes_no_grid(scale):
+    with pytest.raises(ValueError, match="scale must be"):
+        toy_oscillation.simulate(0.127, scale)
 
 
 def test_toy_compare_has_every_estimator_and_both_cures(capsys, tmp_path):
@@ -1301,10 +1355,10 @@ def test_toy_compare_has_every_estimator_and_both_cures(capsys, tmp_path):
     command = f"--compare --steps 200 --cure-after 100 --json {path}"
     assert toy_oscillation.main(command.split()) == 0
     out = capsys.readouterr().out
-    rows = {row["setting"]: row for row in json.loads(path.read_text())["compare"]}
+    rows = {row["setting"]: row for row in json.loads(path.read_text())["table"]}
     assert list(rows)[:len(ESTIMATORS)] == list(ESTIMATORS) and all(name in out for name in rows)
-    cured = [name for name, row in rows.items() if row["frequency"] == row["height"] == 0]
-    assert cured == ["ste, dampening", "ste, freezing"]
+    cured = [name for name, row in rows.items() if row["frequency"] == row["height"]]
+    assert cured == ["ste, dampening", "ste, freezing"] and rows[cured[0]]["frequency"] == [0, 0]
 
 
 def test_toy_interrupt_ends_with_the_table_so_far(capsys, monkeypatch):
@@ -1317,7 +1371,52 @@ def test_toy_interrupt_ends_with_the_table_so_far(capsys, monkeypatch):
     monkeypatch.setattr(toy_oscillation, "oscillate", interrupted)
     assert toy_oscillation.main([]) == 0
     out = capsys.readouterr().out
-    assert "interrupted" in out and "300 of 2000" in out and "mean of q(w)" in out
+    assert "interrupted" in out and "300 of 2000" in out and "mean q(w)" in out
+
+
+def test_toy_figure_5_draws_every_estimator(monkeypatch):
+    """However many there are: a list of four markers once dropped the fifth."""
+    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is optional").Figure()
+    names = [f"fifth{i}" for i in range(9)]
+    for name in names:
+        monkeypatch.setitem(ESTIMATORS, name, ESTIMATORS["ste"])
+    # Flat traces: what is measured is the other tests' matter, and takes long.
+    monkeypatch.setattr(toy_oscillation, "simulate", lambda target, *_, steps, **__: [
+        torch.zeros(steps, *torch.as_tensor(target).shape)] * 2)
+    toy_oscillation.draw_figures(figure, toy_oscillation.Toy(0.127, lr=0.1))
+    panel, = (panel for panel in figure.axes if panel.get_title().startswith("Fig. 5"))
+    legend = [text.get_text() for text in panel.get_legend().get_texts()]
+    assert set(legend) >= {name.upper() for name in (*ESTIMATORS, *names)}
+
+
+def test_toy_gif_moves_ends_as_predicted_and_is_small(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is optional").Figure()
+    toy = toy_oscillation.Toy(0.127, lr=0.1)
+    lines = toy_oscillation.draw_cures(figure, toy, 60)
+    assert [panel.get_title() for panel in figure.axes] == [
+        "STE: swings for ever", "dampening: rests on 0.1", "freezing: pinned to 0.1"]
+    ends = [trace[40:].unique().tolist() for _, trace in lines[::2]]
+    assert [len(end) for end in ends] == [2, 1, 1]
+    toy_oscillation.plot(toy, tmp_path / "toy.gif", steps=12)
+    with Image.open(tmp_path / "toy.gif") as gif:
+        assert gif.n_frames == 12 and gif.size == (800, 360) and gif.info["loop"] == 0
+    shown = ROOT / "figures/toy_oscillation.gif"
+    with Image.open(shown) as gif:
+        assert gif.n_frames == 60 and shown.stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("file, named", (("/no/such/folder/toy.gif", "/no/such/folder"),
+                                         ("/no/such/folder/toy.png", "/no/such/folder"),
+                                         ("toy.xyz", "xyz")))
+def test_toy_plot_that_cannot_be_written_gets_one_line(file, named, capsys, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is optional")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(toy_oscillation, "oscillate", None)  # told before anything is drawn
+    with pytest.raises(SystemExit) as stop:
+        toy_oscillation.main(["--plot", file])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out and err.count("\n") == 1 and named in err
+    assert not list(tmp_path.iterdir())
 
 
 # --- train.py: networks and their weights ---------------------------------------------------------

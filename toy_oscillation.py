@@ -1,24 +1,23 @@
 """Watch a quantized weight oscillate: section 2.2 (Eq. 3), Figures 1, 5 and 6, appendix A.
 
-    python toy_oscillation.py                         watch one weight; measured against predicted
-    python toy_oscillation.py --compare               all estimators, random x and both cures
-    python toy_oscillation.py --plot figure.png       Figures 1, 5 and 6 (needs matplotlib)
+    python toy_oscillation.py                    watch one weight; measured against predicted
+    python toy_oscillation.py --compare          all estimators, random x and both cures
+    python toy_oscillation.py --plot FILE        .png: Figures 1, 5, 6; .gif: both cures, moving
 
-Why does the weight swing? Training wants w*, but the network may only use grid points 0, s, 2s, ...
-It keeps an exact, "latent" weight w and computes with q(w), the grid point nearest to w. Let w* lie
-between two grid points, 0.27 of the way up. While w rounds down, the network's weight is too small,
-so the gradient pushes w up. It pushes as hard however far up w has come: q(w) has not moved. Once w
-is past the threshold halfway, q(w) is the upper point and too large: the gradient turns round and
-pushes w back below the threshold, where it turns again, and so for ever. No position of w makes the
-gradient zero, and a smaller learning rate only makes smaller swings.
+Why does w swing? Training wants w*, which lies between two grid points. The network computes with
+q(w), the grid point nearest to an exact, "latent" weight w. While w rounds down, q(w) is too small,
+and the gradient pushes w up: as hard however far it has come, for q(w) has not moved. Past the
+threshold halfway, q(w) is too large. The gradient turns, pushes w back, and so for ever.
 
 How often? With learning rate lr and d = |w* - q(w*)|, the distance of w* from its nearer point, a
 step from that side is lr d long, a step back lr (s - d). The steps cancel if w spends d/s of its
 time on the far side, where each visit is one step: d/s full cycles an iteration, whatever lr is. In
 those shares the mean of q(w) is w*. Each swing is as high as that one step back: lr (s - d).
 
-Nothing of the method is copied here: the weight is a one-weight network from `quantize_model`, with
-the real `dampening_loss` and `OscillationTracker`. Only the predictions are our own.
+What stops it? Dampening pulls w back to q(w), at the threshold by lr lambda s a step. So it holds w
+at every grid point within lambda s of w*: w rests at the first of them on its way. If lambda < d/s,
+there is none; w swings less often. From d/s to 1 - d/s it is the near point. Above, it is the point
+in use when dampening sets in, near or far. Freezing pins w where it mostly was: near.
 """
 
 import argparse
@@ -27,37 +26,35 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from osc_qat import ESTIMATORS, OscillationTracker, Quantizer, dampening_loss, quantize_model
+from osc_qat import ESTIMATORS, OscillationTracker, dampening_loss, quantize_model
 
-BITS = 4  # grid -8 s .. 7 s; the tracker and the dampening look at weights of 4 bits and fewer
-INT_MIN, INT_MAX = Quantizer(BITS).int_min, Quantizer(BITS).int_max
-WIDTH = 51  # columns from grid point to grid point; odd, so that the threshold has its own
-TRAVEL_ROWS, SWING_ROWS, PAUSE = 25, 40, 0.08  # lines a phase; seconds a line, in a terminal
+BITS, INT_MIN, INT_MAX = 4, -8, 7  # more bits are not tracked or dampened; grid -8 s .. 7 s
+MOMENTUM = 0.01  # m of f_t and EMA(w_int): they settle in 500 iterations; the paper's takes 5000
+CURES = {"dampening": {"dampening": 0.5}, "freezing": {"freeze_threshold": 0.02}}
+WIDTH, ROWS = 51, 40  # columns from grid point to grid point, odd; lines drawn of a phase
 
 
 # ---- Section 2.2, Eq. 3: the regression ----------------------------------------------------------
 @dataclass
 class Toy:
     """One setting of the regression; raises ValueError, beginning with the bad field's name."""
-
     target: float | Tensor  # w*, from -8 s to 7 s; or a tensor of K, for K independent weights
     scale: float = 0.1  # step size s of the grid, > 0; it is not trained
-    lr: float = 0.01  # learning rate of plain SGD, > 0; up to 1 our predictions hold exactly
+    lr: float = 0.01  # learning rate of plain SGD, > 0; up to 1/2 our predictions are exact
     steps: int = 2000  # iterations, >= 1
     estimator: str = "ste"  # name in ESTIMATORS
     dampening: float = 0.0  # lambda of Eq. 5, >= 0
     freeze_threshold: float | None = None  # f_th of Algorithm 1, in 0..1; None = no freezing
     cure_after: int = 0  # iteration from which dampening and freezing act
     noise: bool = False  # whether x is drawn from N(0, 1), the same for all K, and not 1
-    seed: int = 0  # of that x
+    seed: int = 0  # of that x, >= 0
     start: float | Tensor | None = None  # first w, one or K; None = the grid point nearest to w*
 
     def __post_init__(self):
@@ -70,53 +67,43 @@ class Toy:
         self.onset = self.cure_after if cures else math.inf
         for name, good, rule in (
                 ("scale", 1e-6 <= self.scale <= 1e6, "from 1e-6 to 1e6"),
-                ("target", ((self.up >= 0) & (self.up <= 1)).all(),
-                 f"on the grid, {INT_MIN * self.scale:.4g} to {INT_MAX * self.scale:.4g}"),
+                ("target", ((self.up >= 0) & (self.up <= 1)).all(), f"{INT_MIN} s to {INT_MAX} s"),
                 ("lr", 0 < self.lr <= 1000, "above 0, and 1000 or less"),
                 ("steps", self.steps >= 1, "1 or more"),
                 ("estimator", self.estimator in ESTIMATORS, f"one of {', '.join(ESTIMATORS)}"),
                 ("dampening", 0 <= self.dampening <= 1000, "from 0 (off) to 1000"),
                 ("freeze_threshold", 0 <= (self.freeze_threshold or 0) < 1, "from 0 to below 1"),
-                ("cure_after", self.cure_after >= 0, "0 or more"),
-                ("seed", 0 <= self.seed < 2**63, "from 0 to below 2^63")):
+                ("cure_after", self.cure_after >= 0, "0 or more")):
             if not good:
                 raise ValueError(f"{name} must be {rule}, not {getattr(self, name)}")
 
 
-def oscillate(toy: Toy) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Trains K independent weights; yields w, q(w), the tracker's f_t in each iteration: (K,)."""
+def oscillate(toy: Toy) -> Iterator[tuple[Tensor, Tensor]]:
+    """Trains K independent weights; yields w and q(w) before each step: (K,)."""
     network = nn.Sequential(nn.Linear(1, toy.w_star.numel(), bias=False))
     model = quantize_model(network, BITS, first_last_bits=BITS, estimator=toy.estimator)
     layer = model.double()[0]  # so that the predictions can be held to their last digits
     layer.weight_quantizer.scale.requires_grad_(False).fill_(toy.scale)
-    nearest = torch.where(toy.up > 0.5, toy.lower + toy.scale, toy.lower)
-    start = torch.as_tensor(nearest if toy.start is None else toy.start, dtype=torch.float64)
-    layer.weight.data.copy_(start.reshape(-1, 1))
-    tracker, generator = OscillationTracker(model), torch.Generator().manual_seed(toy.seed)
-    inputs = torch.randn(toy.steps, generator=generator) if toy.noise else torch.ones(toy.steps)
+    start = toy.lower + toy.scale * toy.up.round() if toy.start is None else toy.start
+    layer.weight.data.copy_(torch.as_tensor(start, dtype=torch.float64).reshape(-1, 1))
+    tracker, random = OscillationTracker(model, MOMENTUM), torch.Generator().manual_seed(toy.seed)
+    inputs = torch.randn(toy.steps, generator=random) if toy.noise else torch.ones(toy.steps)
     for t, x in enumerate(inputs.double().reshape(-1, 1, 1)):
-        w, w_hat = layer.weight.detach().clone(), layer.weight_hat().detach()
+        yield layer.weight.detach().flatten().clone(), layer.weight_hat().detach().flatten()
         # min_w E_x[ 1/2 (x w* - x q(w))^2 ]                                                   Eq. 3
         loss = (x * toy.w_star.reshape(1, -1) - model(x)).square().sum() / 2
         if toy.dampening and t >= toy.onset:
             loss = loss + toy.dampening * dampening_loss(model)
-        # Plain SGD by hand: torch.optim would nearly double the time until the first line appears.
+        # Plain SGD by hand: importing torch.optim would nearly double the time to the first line.
         layer.weight.data -= toy.lr * torch.autograd.grad(loss, layer.weight)[0]
         tracker.step(toy.freeze_threshold if t >= toy.onset else None)
-        yield w.flatten(), w_hat.flatten(), tracker.frequency()["0"].flatten()
 
 
-def simulate(target: float | Tensor, scale: float = 0.1, lr: float = 0.01, steps: int = 2000,
-             estimator: str = "ste", dampening: float = 0.0, freeze_threshold: float | None = None,
-             cure_after: int = 0, noise: bool = False, seed: int = 0,
-             start: float | Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Traces (w, w_hat) of the latent and the quantized weight; the arguments are Toy's fields.
-
-    Both are float64, (steps,) or (steps, K); w[t] is the weight before step t.
-    """
-    toy = Toy(**locals())
-    w, w_hat, _ = (torch.stack(trace) for trace in zip(*oscillate(toy)))
-    return w.reshape(steps, *toy.w_star.shape), w_hat.reshape(steps, *toy.w_star.shape)
+def simulate(target, scale=0.1, lr=0.01, steps=2000, estimator="ste", dampening=0.0,
+             freeze_threshold=None, **more) -> tuple[Tensor, Tensor]:
+    """Traces (w, w_hat) before each step, (steps,) or (steps, K); arguments: the fields of Toy."""
+    toy = Toy(target, scale, lr, steps, estimator, dampening, freeze_threshold, **more)
+    return tuple(torch.stack(t).reshape(steps, *toy.w_star.shape) for t in zip(*oscillate(toy)))
 
 
 # ---- Appendix A.2 and A.3: measured and predicted ------------------------------------------------
@@ -127,144 +114,167 @@ def measure(toy: Toy, w: Tensor, w_hat: Tensor) -> dict[str, Tensor]:
         skip = (toy.onset + len(w)) // 2
     w, w_hat = w[skip:], w_hat[skip:]
     flips = (w_hat.diff(dim=0) != 0).sum(0)
-    # The mean way of w from turn to turn, and w turns at a flip only. Its max - min would depend on
-    # luck: near a simple fraction d/s it takes thousands of cycles to visit the whole range.
+    # The mean way from turn to turn: w turns at flips. Its whole range would take long to visit.
     height = w.diff(dim=0).abs().sum(0) * (flips > 0) / flips.clamp(min=1)
-    return {"frequency": flips / 2 / max(len(w) - 1, 1), "mean": w_hat.mean(0), "height": height,
-            "upper": (w_hat > toy.threshold).double().mean(0)}
+    return {"frequency": flips / 2 / max(len(w) - 1, 1), "mean q(w)": w_hat.mean(0),
+            "height": height}
 
 
-def predict(toy: Toy, cured: bool = False) -> dict[str, float]:
-    """What one weight does: exact for STE, x = 1, lr <= 1, no cure; else to first order in lr."""
-    up, pull = toy.up.item(), toy.dampening if cured else 0.0
-    f = min(up, 1 - up)  # d / s
+def predict(toy: Toy, at_onset: float | None = None) -> dict[str, float]:
+    """What one weight does: exact for STE, x = 1, lr <= 1/2, no cure; else to first order in lr.
+
+    at_onset is q(w) in iteration cure_after, when f_t and EMA(w_int) have settled; None = no cure.
+    """
+    up, cured = toy.up.item(), at_onset is not None
+    f, nearest = min(up, 1 - up), round(up)  # f = d / s; points count in s from the lower one
     # All estimators multiply the gradient; what counts is the factor at the threshold.
     factor = -ESTIMATORS[toy.estimator](-torch.ones(1), torch.ones(1) / 2).item()
-    frozen = cured and toy.freeze_threshold is not None and 2 * f > toy.freeze_threshold
-    # Dampening shortens each step by lr lambda s. Where nothing is left of the short ones, w rests.
-    f = 0.0 if frozen or factor * f <= pull else (factor * f - pull) / (factor - 2 * pull)
-    upper = f if up <= 0.5 else 1 - f
-    return {"frequency": f, "mean": (toy.lower + toy.scale * upper).item(), "upper": upper,
-            "height": toy.lr * toy.scale * (factor - 2 * pull) * (1 - f) if f else 0.0}
+    pull = toy.dampening / factor if cured else 0.0
+    if cured and toy.freeze_threshold is not None and 2 * f > toy.freeze_threshold:
+        f, point = 0.0, nearest
+    elif f <= pull:  # the first point within lambda s of w* on the way from the one in use
+        used = round((at_onset - toy.lower.item()) / toy.scale) if cured else nearest
+        f, point = 0.0, min(max(used, math.ceil(up - pull)), math.floor(up + pull))
+    else:  # dampening shortens each step by lr lambda s
+        f = (f - pull) / (1 - 2 * pull)
+        point = abs(nearest - f)  # on average
+    height = toy.lr * toy.scale * factor * (1 - 2 * pull) * (1 - f) if f else 0.0
+    return {"frequency": f, "mean q(w)": toy.lower.item() + toy.scale * point, "height": height}
 
 
 # ---- In the terminal -----------------------------------------------------------------------------
-def draw(toy: Toy, t: int, w: float, w_hat: float, zoom: int, live: bool) -> str:
-    """One iteration as a line of 75 columns; in colour where live."""
-    column = round(WIDTH // 2 + zoom * (WIDTH - 1) * (w - toy.threshold.item()) / toy.scale)
-    cells = [" "] * WIDTH
-    cells[WIDTH // 2] = ":"
-    cells[min(max(column, 0), WIDTH - 1)] = "<" if column < 0 else ">" if column >= WIDTH else "o"
-    upper = w_hat > toy.threshold
-    line = f"{t:6d}  {'#|'[upper]}{''.join(cells)}{'|#'[upper]}  q(w) = {w_hat:.4g}"
-    return f"\033[{33 if upper else 36}m{line}\033[0m" if live else line
-
-
-def watch(toy: Toy) -> list[Tensor]:
-    """Draws the run while it goes, up to Ctrl-C; returns the traces w, q(w), f_t so far: (T,)."""
-    live, trace = sys.stdout.isatty(), []
-    print(f"w* = {toy.target:.5g} lies between the grid points {toy.lower:.4g} and "
-          f"{toy.lower + toy.scale:.4g}, {toy.up:.4g} of the way up\n"
-          "# grid point in use   : threshold   o latent weight", flush=True)
+def watch(toy: Toy) -> tuple[Tensor, Tensor]:
+    """Draws the run while it goes, up to Ctrl-C; returns the traces w, q(w) so far: (T,)."""
+    trace, zoom, last, line = [], 1, math.inf, ""  # last: the iteration after the last one drawn
+    print(f"w* = {toy.target:.5g}, grid points {toy.lower:.4g} and {toy.lower + toy.scale:.4g}\n"
+          "o latent weight w   # grid point in use, q(w)   : threshold   left: iteration\n"
+          "--- travel: the gradient pushes w one way only")
     try:
-        first = next(oscillate(toy))[1]
-        way = sum(1 for _ in takewhile(lambda step: step[1] == first, oscillate(toy)))
-        every, zoom = math.ceil(way / TRAVEL_ROWS), max(1, round(0.1 / toy.lr))
-        print(f"--- travel: the gradient pushes one way only (iterations a line: {every})")
         for t, step in enumerate(oscillate(toy)):
             trace.append(torch.cat(step))
-            if t == way:
-                print("--- swing: beyond the threshold it turns round (iterations a line: 1)"
-                      + f", magnified {zoom} times" * (zoom > 1))
+            w, w_hat = trace[-1].tolist()
+            if last == math.inf and w_hat != trace[0][1]:
+                last, zoom = t + ROWS, max(1, round(0.3 / toy.lr))
+                print(f"--- swing: the gradient turns at the threshold (magnified {zoom} times)")
             if t == toy.onset:
-                print("--- cure: dampening or freezing sets in (iterations a line: 1)")
-            shown = t % every == 0 if t < way else t < way + SWING_ROWS
-            if shown or 0 <= t - toy.onset < SWING_ROWS:
-                w, w_hat, _ = trace[-1].tolist()
-                print(draw(toy, t, w, w_hat, 1 if t < way else zoom, live), flush=True)
-                time.sleep(PAUSE * live)
+                last, zoom = t + ROWS, 1
+                print("--- cure: dampening or freezing sets in (not magnified)")
+            column = WIDTH // 2 + zoom * (WIDTH - 1) * (w - toy.threshold.item()) / toy.scale
+            cells = [":" if i == WIDTH // 2 else " " for i in range(WIDTH)]
+            cells[round(min(max(column, 0), WIDTH - 1))] = "o"
+            left, right = "|#" if w_hat > toy.threshold else "#|"
+            before, line = line, f"{left}{''.join(cells)}{right}  q(w) = {w_hat:.4g}"
+            if t < last < math.inf or t < last and line != before:
+                print(f"{t:6d}  {line}", flush=True)
+                time.sleep(0.08 * sys.stdout.isatty())
     except KeyboardInterrupt:
         if not trace:
             raise
         print("--- interrupted", end=" ")
-    print(f"--- {len(trace)} of {toy.steps} iterations done\n")
-    return list(torch.stack(trace).unbind(1))
+    print(f"--- {len(trace)} of {toy.steps} iterations done")
+    return torch.stack(trace).unbind(1)
 
 
-def tell(rows: Iterable[dict], width: int) -> Iterator[dict]:
-    """Prints rows under their keys while they come, the first column so wide; passes them on."""
-    for i, row in enumerate(rows):
-        for cells in (row.keys(), row.values())[i > 0:]:
-            first, *others = (cell if isinstance(cell, str) else f"{cell:.4g}" for cell in cells)
-            print(first.ljust(width), *(cell.rjust(9) for cell in others), flush=True)
-        yield row
+def tabulate(rows: list[dict], name: str, toy: Toy, w: Tensor, w_hat: Tensor) -> None:
+    """Prints the row of a setting, the first one under a heading, and appends it to rows."""
+    law = predict(toy, w_hat[toy.onset].item() if len(w) > toy.onset else None)
+    row = {key: (cell.item(), law[key]) for key, cell in measure(toy, w, w_hat).items()}
+    if not rows:
+        print("\nMeasured (predicted; exact for STE, x = 1, no cure, lr <= 1/2). Frequency: cycles "
+              "an iteration.\nHeight: of a swing of w. Last q(w): _ lower point, # upper point.\n\n"
+              + " " * 14, *(f"{key:20}" for key in row), "last q(w)")
+    pairs = (f"{got:.4g} ({predicted:.4g})" for got, predicted in row.values())
+    strip = "".join("_#"[up] for up in (w_hat[-20:] > toy.threshold).int())
+    print(f"{name:14}", *(f"{pair:20}" for pair in pairs), strip, flush=True)
+    if law["frequency"] and not row["frequency"][0]:
+        print("w is still on its way: raise --steps or --lr")
+    rows.append({"setting": name, **row, "q(w)": strip})
 
 
-def report(toy: Toy, w: Tensor, w_hat: Tensor, f: Tensor) -> Iterator[dict]:
-    """The rows of measured against predicted, of one weight."""
-    got, law = measure(toy, w, w_hat), predict(toy, len(w) > toy.onset)
-    for name, measured, predicted in (
-            ("frequency, cycles an iteration (d/s)", got["frequency"], law["frequency"]),
-            (f"share of time on {toy.lower:.4g}", 1 - got["upper"], 1 - law["upper"]),
-            (f"share of time on {toy.lower + toy.scale:.4g}", got["upper"], law["upper"]),
-            (f"mean of q(w) (w* = {toy.target:.5g})", got["mean"], law["mean"]),
-            ("height of a swing of w (lr (s - d))", got["height"], law["height"]),
-            # Eq. 4 counts each change of direction, and a cycle has two.
-            ("f_t of Eq. 4 at the end (2 d/s)", f[-1], 2 * law["frequency"])):
-        yield {"after the travel": name, "measured": float(measured), "predicted": predicted}
-    if law["frequency"] and not got["frequency"]:
-        print("w has not crossed the threshold twice: raise --steps or --lr")
-    elif law["frequency"] and (toy.noise or toy.estimator != "ste" or toy.lr > 1):
-        often, high = (got[name] / law[name] for name in ("frequency", "height"))
-        print("The predictions are exact for STE, x = 1 and lr up to 1. Here w swings "
-              f"{often:.3f} times\nas often and {high:.3f} times as high.")
+# ---- Figures 1, 5 and 6, and a picture that moves ------------------------------------------------
+def draw_weight(panel, toy: Toy, title: str) -> list[tuple]:
+    """Draws the course of w and q(w); returns both lines, each with its trace."""
+    w, w_hat = simulate(**asdict(toy))
+    low, _, high = levels = [toy.lower.item() + toy.scale * i / 2 for i in range(3)]
+    panel.hlines(levels, 0, toy.steps, "gray", ["-", ":", "-"], lw=1)
+    panel.hlines(toy.target, 0, toy.steps, "tab:green", "--", label="w*, where training wants w")
+    lines = panel.step(range(toy.steps), w_hat, "tab:orange", where="post", lw=0.8,
+                       label="q(w), what the network uses")
+    lines += panel.plot(w, "tab:blue", label="w, the latent weight")
+    panel.set_yticks(levels, [f"grid point {low:.4g}", "threshold", f"grid point {high:.4g}"])
+    panel.set(title=title, xlabel="iteration")
+    return list(zip(lines, (w_hat, w)))
 
 
-def compare(variants: dict[str, Toy]) -> Iterator[dict]:
-    """The rows of several settings beside what theory says of STE with x = 1 and no cure."""
-    print("\nBias: mean of q(w) - w*, in % of s. Height: of a swing of w. Last w: 0 is the lower "
-          "point, _ below,\n1 the upper, #. A frequency of 0 without a cure: still on its way.\n")
-    for name, toy in variants.items():
-        w, w_hat = simulate(**asdict(toy))
-        got, law = measure(toy, w, w_hat), predict(replace(toy, estimator="ste"))
-        row = {"frequency": got["frequency"], "d/s": law["frequency"],
-               "bias": 100 * (got["mean"] - toy.target) / toy.scale, "height": got["height"],
-               "lr (s-d)": law["height"], "last w": (w[-1] - toy.lower) / toy.scale}
-        strip = "".join("_#"[up] for up in (w_hat[-22:] > toy.threshold).int())
-        yield {"setting": name, **{key: float(cell) for key, cell in row.items()}, "q(w)": strip}
-
-
-# ---- Figures 1, 5 and 6 --------------------------------------------------------------------------
-def draw_figures(toy: Toy, path: Path) -> None:
-    """Figure 1 above (STE, EWGS, DSQ), Figures 5 and 6 below, in one picture."""
-    from matplotlib.figure import Figure
-
-    toy = Toy(toy.target, toy.scale, toy.lr, steps=120)
-    figure = Figure((10, 6), layout="constrained")
+def draw_figures(figure, toy: Toy) -> None:
+    """Figure 1 above (STE, EWGS, DSQ), Figures 5 and 6 below."""
     panels = figure.subplot_mosaic([["ste"] * 2 + ["ewgs"] * 2 + ["dsq"] * 2, [5] * 3 + [6] * 3])
     for name in ("ste", "ewgs", "dsq"):
-        w, w_hat = simulate(**asdict(replace(toy, estimator=name)))
-        panels[name].step(range(toy.steps), w_hat, color="tab:orange", lw=0.7, label="q(w)")
-        panels[name].plot(w, color="tab:blue", label="w")
-        panels[name].axhline(toy.target, color="tab:green", ls="--", lw=1, label="w*")
-        panels[name].axhline(toy.threshold, color="gray", ls=":", lw=1, label="threshold")
-        panels[name].set(title=f"Fig. 1: {name.upper()}, lr = {toy.lr:g}", xlabel="iteration")
+        draw_weight(panels[name], Toy(toy.target, toy.scale, toy.lr, 120, name),
+                    f"Fig. 1: {name.upper()}, lr = {toy.lr:g}")
+        panels[name].tick_params(labelleft=name == "ste")
+    figure.legend(*panels["ste"].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     share = torch.linspace(0.02, 0.5, 25, dtype=torch.float64)
-    panels[5].plot(share, share, color="gray", lw=1, label="f = d / s")
-    for name, marker in zip(ESTIMATORS, "o+x."):
+    panels[5].plot(share, share, "gray", lw=1, label="d / s")
+    for name, marker in zip(ESTIMATORS, "o+x.^sDv" * len(ESTIMATORS)):
         many = Toy(toy.lower + toy.scale * share, toy.scale, toy.lr, 1500, name,
                    start=toy.threshold.expand(len(share)))
-        got = measure(many, *simulate(**asdict(many)))
-        panels[5].plot(share, got["frequency"], marker, ms=4, label=name.upper())
+        frequency = measure(many, *simulate(**asdict(many)))["frequency"]
+        panels[5].plot(share, frequency, marker, fillstyle="none", label=name.upper())
     panels[5].set(title=f"Fig. 5, lr = {toy.lr:g}", xlabel="d / s", ylabel="cycles an iteration")
     for lr in (toy.lr, toy.lr / 3, toy.lr / 10):
-        w, _ = simulate(**asdict(replace(toy, lr=lr, steps=60, start=toy.threshold)))
+        w, _ = simulate(toy.target, toy.scale, lr, steps=60, start=toy.threshold)
         panels[6].plot((w - toy.threshold) / toy.scale, lw=1, label=f"lr = {lr:.2g}")
-    panels[6].set(title="Fig. 6: STE", xlabel="iteration", ylabel="(w - threshold) / s")
-    panels[6].margins(y=0.2)
-    for name in ("dsq", 5, 6):
-        panels[name].legend(fontsize=8, ncols=3 if name == 6 else 1)
-    figure.savefig(path, dpi=100)
+    panels[6].set(title="Fig. 6: STE", xlabel="iteration", ylabel="(w - threshold)/s", ymargin=0.3)
+    panels[5].legend()
+    panels[6].legend(ncols=3)
+
+
+def draw_cures(figure, toy: Toy, steps: int) -> list[tuple]:
+    """One weight under STE, with dampening, with freezing; returns the lines with their traces."""
+    offset = toy.w_star - toy.threshold  # w starts at w*, but at most 15 steps from the threshold
+    way = 15 * toy.lr * (toy.scale / 2 - offset.abs())
+    toy = Toy(toy.target, toy.scale, toy.lr, steps, cure_after=steps // 2,
+              start=toy.threshold + offset.clamp(-way, way))
+    panels, lines = figure.subplots(1, 3, sharey=True), []
+    for panel, (name, cure) in zip(panels, {"STE": {}, **CURES}.items()):
+        lines += draw_weight(panel, replace(toy, **cure), f"{name}: swings for ever")
+        for (line, _), size in zip(lines[-2:], (10, 6)):
+            line.set(marker="o", markersize=size, markevery=[-1])
+        law = predict(replace(toy, **cure), lines[-2][1][steps // 2].item() if cure else None)
+        if not law["frequency"]:
+            rests = "pinned to" if name == "freezing" else "rests on"
+            panel.set_title(f"{name}: {rests} {law['mean q(w)']:.4g}")
+        if cure:
+            panel.axvspan(toy.cure_after, steps, color="#ffffcc", lw=0)
+            panel.text(steps / 2 + 1, toy.lower + 0.9 * toy.scale, f"{name} on", size=9)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return lines
+
+
+def plot(toy: Toy, path: Path, steps: int = 60) -> None:
+    """Writes draw_figures or, into a .gif, draw_cures: it moves, an iteration a frame."""
+    from matplotlib.animation import PillowWriter
+    from matplotlib.figure import Figure
+    from PIL import Image, ImageSequence
+    if path.suffix.lower() != ".gif":
+        Figure().savefig(path)  # tells a bad path before the drawing, which takes seconds
+        draw_figures(figure := Figure((10, 6.5), layout="constrained"), toy)
+        return figure.savefig(path, dpi=100)
+    path.open("ab").close()
+    lines = draw_cures(figure := Figure((8, 3.6), layout="constrained"), toy, steps)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # else each frame has a slightly different one
+    with (writer := PillowWriter()).saving(figure, path, dpi=100):
+        for t in range(1, steps + 1):
+            for line, trace in lines:
+                line.set_data(range(t), trace[:t])
+            writer.grab_frame()
+    # The writer gives each frame colours of its own. Shared, they store once what does not move.
+    with Image.open(path) as gif:
+        frames = [f.convert("RGB").convert("P", dither=0) for f in ImageSequence.Iterator(gif)]
+    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
+                   duration=[100] * (steps - 1) + [3000])  # ms
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -273,32 +283,25 @@ def parse(argv: list[str] | None) -> tuple[Toy, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error = lambda message: parser.exit(2, message.removeprefix("argument ") + "\n")
     for name, kind, default, text in (
-            ("target", float, 0.127, "w*"),
-            ("scale", float, 0.1, "step size s of the 4-bit grid"),
+            ("target", float, 0.127, "w*, from -0.8 to 0.7; s is 0.1"),
             ("lr", float, 0.1, "learning rate; about 0.1 shows the swing to the eye"),
             ("steps", int, 2000, "iterations"),
             ("estimator", str, "ste", f"gradient estimator: {', '.join(ESTIMATORS)}"),
-            ("dampening", float, 0.0, "lambda of Eq. 5: d/s .. 1 - d/s holds w at the near point"),
+            ("dampening", float, 0.0, "lambda of Eq. 5; d/s or more brings w to rest"),
             ("freeze-threshold", float, None, "f_th of Algorithm 1: below 2 d/s it freezes w"),
             ("cure-after", int, 500, "iteration from which dampening and freezing act"),
-            ("seed", int, 0, "seed of --noise"),
-            ("plot", Path, None, "first draw Figures 1, 5 and 6 into this file"),
-            ("json", Path, None, "write what the tables print into this file")):
-        parser.add_argument(f"--{name}", type=kind, default=default,
-                            help=f"{text} (default: {default})")
-    parser.add_argument("--noise", action="store_true", help="draw x from N(0, 1), not x = 1")
+            ("plot", Path, None, "first draw Figures 1, 5 and 6 or, into a .gif, both cures"),
+            ("json", Path, None, "write what the table prints into this file")):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({default})")
     parser.add_argument("--compare", action="store_true", help="estimators, random x and cures")
     args = parser.parse_args(argv)
     try:
-        toy = Toy(args.target, args.scale, args.lr, args.steps, args.estimator, args.dampening,
-                  args.freeze_threshold, args.cure_after, args.noise, args.seed)
-    except ValueError as error:  # begins with the field's name
-        parser.error(f"--{str(error).replace('_', '-', 1)}")
-    try:
+        toy = Toy(args.target, 0.1, args.lr, args.steps, args.estimator, args.dampening,
+                  args.freeze_threshold, args.cure_after)
         if args.json:
             args.json.open("a").close()
         if args.plot:
-            draw_figures(toy, args.plot)
+            plot(toy, args.plot)
     except ImportError:
         parser.error("--plot needs matplotlib: pip install matplotlib")
     except (OSError, ValueError) as error:
@@ -308,29 +311,25 @@ def parse(argv: list[str] | None) -> tuple[Toy, argparse.Namespace]:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line and returns its exit status. Ctrl-C ends it with the table so far."""
-    results = {"settings": {}, "table": [], "compare": []}
+    rows = []
     try:
         toy, args = parse(argv)
-        results["settings"] = vars(args)
         if args.compare:
-            plain = replace(toy, estimator="ste", noise=False, dampening=0.0, freeze_threshold=None)
+            plain = replace(toy, estimator="ste", dampening=0.0, freeze_threshold=None)
             variants = {name: replace(plain, estimator=name) for name in ESTIMATORS}
-            # With lambda = 1/2 the gradient is w - w*.
-            variants |= {"ste, random x": replace(plain, noise=True),
-                         "ste, dampening": replace(plain, dampening=0.5),
-                         "ste, freezing": replace(plain, freeze_threshold=0.02)}
+            variants["ste, random x"] = replace(plain, noise=True)
+            variants |= {f"ste, {name}": replace(plain, **cure) for name, cure in CURES.items()}
         else:
-            w, w_hat, f = watch(toy)
-            results["table"].extend(tell(report(toy, w, w_hat, f), 38))
-            # Figure 6, A.3. From the threshold, since the way to it takes 1/lr iterations.
-            variants = {f"lr = {lr:g}": replace(toy, lr=lr, steps=500, start=toy.threshold)
-                        for lr in (toy.lr, toy.lr / 10, toy.lr / 100)}
-        if args.compare or toy.up % 1 and len(w) == toy.steps <= toy.onset:
-            results["compare"].extend(tell(compare(variants), 16))
+            w, w_hat = watch(toy)
+            tabulate(rows, f"lr = {toy.lr:g}", toy, w, w_hat)
+            variants = {f"lr = {lr:g}": replace(toy, lr=lr, start=toy.threshold)
+                        for lr in (toy.lr / 10, toy.lr / 100) if len(w) == toy.steps}  # Figure 6
+        for name, variant in variants.items():
+            tabulate(rows, name, variant, *simulate(**asdict(variant)))
     except KeyboardInterrupt:
         print("--- interrupted")
-    if path := results["settings"].get("json"):
-        path.write_text(json.dumps(results, indent=1, default=str) + "\n")
+    if rows and args.json:
+        args.json.write_text(json.dumps({"settings": vars(args), "table": rows}, default=str))
     return 0
 
 
