@@ -35,7 +35,7 @@ import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import count, islice
 from pathlib import Path
@@ -240,6 +240,8 @@ def train(args: argparse.Namespace) -> None:
         run = Run(args, content)
         if content and content["facts"] != run.facts:
             raise UserError(f"--resume {args.output}: other numbers of pictures or processes there")
+        print(f"{args.method} {args.model} from {args.weights or 'random weights'}, {run.total} steps; "
+              f"data: {args.data or 'the embedded set of generated patterns'}")
         with stop_on_signal(run):
             if content:
                 run.restore(content)
@@ -251,6 +253,7 @@ def train(args: argparse.Namespace) -> None:
             if not run.rows:  # --epochs 0 scores what was loaded
                 finish_epoch(run, 0)
         write_summary(run)
+        over_ranks(torch.zeros(1, device=run.device))  # nobody reads on before all is written
 
 
 # --------------------------------------------------------------------------------------------------
@@ -342,8 +345,6 @@ class Run:
     def begin(self) -> None:
         """Scores the float network, quantizes it, and sets its input scales from four batches."""
         args = self.args
-        print(f"{args.method} {args.model} from {args.weights or 'random weights'}, {self.total} "
-              f"steps; data: {args.data or 'the embedded set of generated patterns'}")
         if args.method != "fp32":
             if not args.weights:  # BN's initial statistics would calibrate to what is never seen
                 reestimate(self)
@@ -1303,5 +1304,6 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     status = main()
-    sys.stdout.flush()
+    with suppress(OSError):  # nobody may be reading
+        sys.stdout.flush()
     os._exit(status)  # at once, whatever a loading process does
