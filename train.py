@@ -225,7 +225,7 @@ def finish_epoch(run: "Run", epoch: int) -> None:
            "oscillating": 100 * run.tracker.oscillating(),
            "frozen": 100 * run.tracker.frozen_share()}
     run.rows, run.loss_sum = [*run.rows, row], 0.0
-    unreadable = len(run.train_set.unreadable) + len(run.val_set.unreadable)
+    unreadable = int(run.train_set.unreadable.sum() + run.val_set.unreadable.sum())
     print("  ".join(f"{key} {value:.4g}" for key, value in row.items() if value is not None)
             + f"  unreadable pictures {unreadable}" * bool(unreadable))
     key = "pre_bn_top1" if run.args.method == "fp32" else "post_bn_top1"
@@ -416,14 +416,14 @@ class Run:
 
     def load(self, data: Dataset, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """These batches of the data set; the label of an unreadable picture is UNREADABLE."""
-        loader = DataLoader(data, batch_sampler=[indices.tolist() for indices in batches],
-                            num_workers=self.args.workers if self.args.data else 0,
-                            pin_memory=self.device.type == "cuda",
-                            worker_init_fn=leave_signals_to_parent)
-        for images, labels in loader:
-            # A worker forgets what it has told; the workers of the next pass are told.
-            data.unreadable.update((-1 - labels[labels < 0]).tolist())
-            yield images, labels.masked_fill(labels < 0, UNREADABLE)
+        workers = self.args.workers if self.args.data else 0
+        for images, labels in DataLoader(
+                data, batch_sampler=[indices.tolist() for indices in batches], num_workers=workers,
+                timeout=600 * bool(workers),  # seconds; one that hangs would be waited for
+                pin_memory=self.device.type == "cuda", worker_init_fn=leave_signals_to_parent):
+            if data is self.train_set and data.unreadable.all():
+                raise UserError(f"--data {self.args.data}: no training picture is readable")
+            yield images, labels
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
         """Logits, in float32, of images (N, 3, H, W)."""
@@ -532,7 +532,7 @@ class Patterns(Dataset):
     """Generated pictures, ready in seconds; flips and white noise are drawn anew in every epoch."""
 
     def __init__(self, args: argparse.Namespace, part: str):
-        self.args, self.part, self.epoch, self.unreadable = args, part, 0, set()
+        self.args, self.part, self.epoch, self.unreadable = args, part, 0, torch.zeros(1)
         self.images, self.labels = generate_patterns(part, {"train": 16384, "val": 2048}[part])
         self.classes = [f"pattern {k}" for k in range(40)]
 
@@ -567,7 +567,7 @@ class Pictures(Dataset):
     """Images of DIR/PART/CLASS/*, with the augmentation of torchvision's reference recipe."""
 
     def __init__(self, args: argparse.Namespace, part: str):
-        self.args, self.part, self.epoch, self.unreadable = args, part, 0, set()
+        self.args, self.part, self.epoch = args, part, 0
         with blame(f"--data {args.data}: expected {part}/CLASS/*.jpg below it", OSError):
             root = Path(args.data, part).resolve()
             folders = sorted(path for path in root.iterdir()
@@ -579,20 +579,22 @@ class Pictures(Dataset):
                             for path in picture_files(str(folder), seen)]
             for label in set(range(len(folders))) - {label for _, label in self.samples}:
                 raise FileNotFoundError(f"none in {self.classes[label]}")
+        # What one loading process has told, none tells again.
+        self.unreadable = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """The image and its label; an unreadable one is blank, and its label is -1 - index."""
+        """The image and its label; an unreadable one is blank, and its label UNREADABLE."""
         path, label = self.samples[index]
         try:
             image = read_picture(path)
         except Exception as error:  # whatever a damaged file raises
-            if index not in self.unreadable:
+            if not self.unreadable[index]:
                 tqdm.write(f"left out: {path} is no readable picture ({error})", sys.stderr)
-            self.unreadable.add(index)
-            return torch.zeros(3, self.args.image_size, self.args.image_size), -1 - index
+            self.unreadable[index] = True
+            return torch.zeros(3, self.args.image_size, self.args.image_size), UNREADABLE
         # Whichever worker reads it, resumed or not.
         torch.manual_seed(seed_of(self.args.seed, self.epoch, index))
         return self.transform(image), label
@@ -812,8 +814,7 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], str | None, list[str] | 
                 raise UserError(f"--weights {path}: {key} ({kind}) is not all finite numbers of "
                                 "16 bits or more; float weights are needed")
     layout = ours.get("layout", STEMS.get(next(iter(state), "")))
-    if layout == "timm" and "tf_" in Path(path).name:
-        layout = "tf_timm"
+    layout = "tf_timm" if layout == "timm" and "tf_" in Path(path).name else layout
     if layout in LAYOUTS:
         print(f"--weights {path}: read as {LAYOUTS[layout]}, mean {INPUTS[layout].mean[0]:.3f} ...")
     return state, layout, ours["facts"]["classes"] if ours else None
@@ -826,8 +827,6 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], str | None, list[str] | 
 # Flags that say where and how to run, not what is trained: they may differ on --resume.
 PLACE = ("data", "output", "resume", "workers", "device", "checkpoint_every", "evaluate", "export",
          "analyze", "layer", "plot", "benchmark", "summarize")
-
-
 OURS = {"arguments", "layout", "facts", "model", "optimizers"}  # what a checkpoint has, and more
 
 
@@ -1320,12 +1319,11 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout = sys.stdout if rank() == 0 else open(os.devnull, "w")  # one tells it all
         modes = (benchmark, analyze, summarize, evaluate)
         mode = next((mode for mode in modes if getattr(args, mode.__name__)), train)
-        if mode is train and args.method != "fp32" and not args.weights and args.epochs:
-            job = float_job(args)  # without --data: two commands in a row
-            args.weights = str(Path(job.output, "last.pt"))
-            with stop_on_signal():
-                train(job)
         with stop_on_signal():
+            if mode is train and args.method != "fp32" and not args.weights and args.epochs:
+                job = float_job(args)  # without --data: two commands in a row
+                args.weights = str(Path(job.output, "last.pt"))
+                train(job)
             mode(args)
         if mode is train and rank() == 0:
             compare(args)
@@ -1333,7 +1331,7 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError, KeyboardInterrupt) as error:
         message = str(error) or "stopped by a signal"
     except RuntimeError as error:  # what the machine lacks; anything else is a bug of ours
-        if not args.compile and not re.search("memory|DataLoader worker|open files", str(error)):
+        if not args.compile and not re.search("memory|DataLoader|open files", str(error)):
             raise
         message = f"--batch-size, --image-size, --workers or --compile: too much here ({error})"
     finally:
