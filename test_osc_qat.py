@@ -1486,6 +1486,7 @@ def test_a_step_is_sgd_adam_eq_5_and_algorithm_1_in_this_order(method, more, tin
             layer.weight_quantizer.repair()  # which a compiled forward pass cannot do
         assert_close(run.model.state_dict(), model.state_dict(), rtol=1e-3, atol=1e-5)
         assert_close(run.tracker.state_dict(), tracker.state_dict())
+        model.load_state_dict(run.model.state_dict())  # differences of rounding would grow
     assert tracker.frequency()["3"].any() and run.step == 12
     assert (tracker.frozen_share() > 0) == (method == "freeze")
 
@@ -2054,7 +2055,7 @@ def explode(run, images, labels):
 
 
 def spoil_a_weight(run, *_):
-    run.model.features[4][0].weight.data[3, 2] = math.inf
+    run.model.features[-1][0].weight.data[3, 2] = math.inf
 
 
 def fill_the_disk(room, run, *_):
@@ -2117,13 +2118,10 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(
     print(f"{runs} runs, killed with checkpoints of steps {kills}")
 
 
-@pytest.mark.parametrize("writes", [8, 9, 10])
-def test_a_run_cut_between_two_of_its_last_files_loses_none(
+@pytest.mark.parametrize("writes", [4, 9])
+def test_a_run_cut_between_two_files_loses_none(
         writes, whole, pictures, fp32, tmp_path, capsys):
-    """Nothing is left to train then, and log, best.pt and summary.json must be there all the same.
-
-    An epoch writes log and last.pt when trained; log, last.pt and perhaps best.pt when scored.
-    """
+    """Before the last.pt of the first epoch, and before summary.json."""
     left = [writes]
 
     def cut(*args, calm=train.save_atomically):
@@ -2161,7 +2159,7 @@ FULL = "--output {}/last.pt: cannot be written ([Errno 27] File too large"
 
 @pytest.mark.parametrize("name, act, words, saved", [
     ("train_step", explode, "loss became nan at step 5 of 12", 4),
-    ("save_checkpoint", spoil_a_weight, "features.4.0.weight is NaN or infinite", 2),
+    ("save_checkpoint", spoil_a_weight, "features.8.0.weight is NaN or infinite", 2),
     ("save_checkpoint", partial(fill_the_disk, 5000), FULL, 2),
     ("save_checkpoint", partial(fill_the_disk, 200_000), FULL, 2)])
 def test_nan_and_a_full_disk_are_one_line_and_leave_the_previous_checkpoint_whole(
@@ -2341,17 +2339,19 @@ def test_the_code_that_torch_compile_makes_rounds_as_to_int_does_at_every_thresh
 # --- README ---------------------------------------------------------------------------------------
 
 
-def test_every_readme_command_parses(capsys):
-    """And at most 42 flags are described, with their defaults."""
+def test_every_readme_command_parses():
     readme = (ROOT / "README.md").read_text()
     commands = re.findall(r"^ *(?:torchrun \S+ |python )train\.py (.*)$", readme, re.M)
     assert len(commands) > 5
     for command in commands:
         train.parse(command.split("#")[0].split())
+
+
+def test_at_most_42_flags_are_described_with_their_defaults_and_tested(capsys):
     with pytest.raises(SystemExit):
         train.parse(["--help"])
-    flags = re.findall(r"^  (?:-h, )?(--\S+)(.*(?:\n {10}.*)+)", capsys.readouterr().out, re.M)
-    assert 30 < len(flags) <= 42
-    for flag, told in flags:
-        assert flag == "--help" or "(default: " in " ".join(told.split()), flag
-        assert flag == "--help" or f"{flag} " in Path(__file__).read_text(), f"{flag}: no test"
+    flags = re.findall(r"^  (?:-h, )?(--\S+)(.*(?:\n {10}.*)*)", capsys.readouterr().out, re.M)
+    assert 30 < len(flags) <= 42 and flags[0][0] == "--help"
+    for flag, told in flags[1:]:
+        assert "(default: " in " ".join(told.split()), flag
+        assert re.search(rf"{flag}\b", Path(__file__).read_text()), f"{flag}: no test"

@@ -441,9 +441,9 @@ class Run:
                 for key in ("running_mean", "running_var")}
 
     def diverged(self, what: str) -> UserError:
-        """The one line of a run that cannot go on, with the first tensor that is to blame."""
-        bad = next((f"; {name} is NaN or infinite" for name, t in self.model.state_dict().items()
-                    if t.is_floating_point() and not t.isfinite().all()), "")
+        """The one line of a run that cannot go on, with the first parameter that is to blame."""
+        bad = next((f"; {name} is NaN or infinite" for name, p in self.model.named_parameters()
+                    if not p.isfinite().all()), "")
         kept = "; last.pt keeps the last checkpoint" * Path(self.args.output, "last.pt").exists()
         at = f"at step {self.step + 1} of {self.total}"
         return UserError(f"{what} {at}{bad}{kept}; try a smaller --lr")
