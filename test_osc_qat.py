@@ -46,6 +46,7 @@ PER_CHANNEL = pytest.mark.parametrize("per_channel", [False, True])
 
 
 ROOT = Path(__file__).parent
+pytestmark = pytest.mark.filterwarnings("error")
 
 
 @pytest.fixture(autouse=True)
@@ -1349,52 +1350,45 @@ efficientnet_lite0 freeze 4 0.0033 1e-4   50 0.1 0.015
 efficientnet_lite0 freeze 3 0.01   5e-5   50 0.1 0.005""".split("\n")[1:]
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("model", train.MODELS)
-def test_every_default_is_that_of_its_recipe(model):
-    """The released code's rows; on generated patterns and for short networks those found here."""
-    def defaults(data, method, bits):
+def test_every_default_is_that_of_its_recipe(model, bits):
+    """The released code's rows; for generated patterns and short networks those found here."""
+    def defaults(data, method):
         args = train.parse(f"{data} --model {model} --method {method} --bits {bits}".split())
         return (args.lr, args.weight_decay, args.epochs, *args.threshold, *args.lambda_,
                 args.lr_floor, args.scale_lr, args.bn_momentum, args.osc_momentum,
                 args.batch_size, args.image_size, args.act_bits)
 
-    rows = {tuple(row.split()[:3]): list(map(float, row.split()[3:])) for row in PUBLISHED}
-    for bits in range(2, 9):
-        same = (0.03, 0.012, 0, 0.3)
-        for data in ("", "--data DIR")[:2 if model in train.SHORT_MODELS else 1]:
-            assert defaults(data, "fp32", bits) == (
-                0.1, 4e-5, 8, *same, 0, 1e-4, 0.1, 0.005, 64, 24, bits)
-            for method in ("lsq", "dampen", "freeze"):
-                assert defaults(data, method, bits) == (
-                    0.05, 2.5e-5, 3, *same, 0.1, 1e-4, 0.02, 0.005, 64, 24, bits)
-        if model not in train.SHORT_MODELS:
-            imagenet = (0, 0.1, 0, 1e-5, 0.1, 0.001, 128, 224, bits)
-            network = model if model == "efficientnet_lite0" else "mobilenet_v2"
-            assert defaults("--data D", "fp32", bits) == (0.1, 4e-5, 90, 0.1, 0.01, *imagenet)
-            for method, cure in (("lsq", "freeze"), ("dampen", "dampen"), ("freeze", "freeze")):
-                row = rows[network, cure, "3" if bits <= 3 else "4"]
-                assert defaults("--data D", method, bits) == (*row, *imagenet)
+    rows = {tuple(row.split()[:3]): tuple(map(float, row.split()[3:])) for row in PUBLISHED}
+    imagenet, short = (0, 0.1, 0, 1e-5, 0.1, 0.001, 128, 224, bits), (0.03, 0.012, 0, 0.3)
+    own = model if model == "efficientnet_lite0" else "mobilenet_v2"
+    for data in ("", "--data DIR"):
+        for method in ("lsq", "dampen", "freeze"):
+            cure = "dampen" if method == "dampen" else "freeze"
+            expected = (*rows[own, cure, "3" if bits <= 3 else "4"], *imagenet)
+            if not data or model in train.SHORT_MODELS:
+                expected = (0.05, 2.5e-5, 3, *short, 0.1, 1e-4, 0.02, 0.005, 64, 24, bits)
+            assert defaults(data, method) == expected
+        expected = (0.1, 4e-5, 90, 0.1, 0.01, *imagenet)
+        if not data or model in train.SHORT_MODELS:
+            expected = (0.1, 4e-5, 8, *short, 0, 1e-4, 0.1, 0.005, 64, 24, bits)
+        assert defaults(data, "fp32") == expected
 
 
-@pytest.mark.parametrize("progress, lr, lambda_, threshold", [
-    (0, 0.1, 0, None), (0.2499, None, 0, None), (0.25, None, 0, 0.1), (0.5, 0.055, None, None),
-    (0.625, None, 0.2, 0.06), (1, 0.01, 0.4, 0.02)])
-def test_schedules_are_cosines_and_the_cures_wait_for_a_quarter(progress, lr, lambda_, threshold):
-    flags = "--lr 0.1 --lr-floor 0.1 --lambda 0 0.4 --threshold 0.1 0.02 --method".split()
-    for method in ("fp32", "lsq", "dampen", "freeze"):
-        lr_is, lambda_is, threshold_is = train.schedule(train.parse([*flags, method]), progress)
-        assert lr is None or lr_is == pytest.approx(lr)
-        if progress != 0.5:
-            assert lambda_is == pytest.approx(lambda_ * (method == "dampen"))
-            expected = threshold if method == "freeze" else None
-            assert threshold_is == (expected and pytest.approx(expected))
-
-
-def test_a_constant_threshold_or_lambda_acts_from_the_first_step():
-    flags = "--threshold 0.02 0.02 --lambda 0.3 0.3 --method".split()
-    for progress in (0, 0.1, 0.9):
-        assert train.schedule(train.parse([*flags, "freeze"]), progress)[2] == 0.02
-        assert train.schedule(train.parse([*flags, "dampen"]), progress)[1] == 0.3
+@pytest.mark.parametrize("flags, progress, lr, lambda_, threshold", [
+    ("lsq", 0, 0.1, 0, None), ("lsq", 0.5, 0.055, 0, None), ("lsq", 1, 0.01, 0, None),
+    ("dampen", 0.25, 0.08682, 0, None), ("dampen", 0.625, 0.03778, 0.2, None),
+    ("dampen", 1, 0.01, 0.4, None), ("dampen --lambda 0.3 0.3", 0, 0.1, 0.3, None),
+    ("freeze", 0.24999, 0.08682, 0, None), ("freeze", 0.25, 0.08682, 0, 0.1),
+    ("freeze", 0.625, 0.03778, 0, 0.06), ("freeze", 1, 0.01, 0, 0.02),
+    ("freeze --threshold 0.02 0.02", 0, 0.1, 0, 0.02)])
+def test_schedules_are_cosines_and_an_annealed_cure_waits_for_a_quarter(
+        flags, progress, lr, lambda_, threshold):
+    args = train.parse(split("--lr 0.1 --lr-floor 0.1 --lambda 0 0.4 --threshold 0.1 0.02",
+                             "--method", flags))
+    assert_close(train.schedule(args, progress), (lr, lambda_, threshold), rtol=1e-3, atol=1e-9,
+                 check_dtype=False)
 
 
 @pytest.fixture(scope="module")
@@ -1412,7 +1406,7 @@ def pictures(tmp_path_factory):
     return root
 
 
-def words(*parts):
+def split(*parts):
     """A command line: texts are split, paths and numbers stay whole."""
     return [str(word) for part in parts for word in (part.split() if isinstance(part, str)
                                                      else [part])]
@@ -1420,7 +1414,7 @@ def words(*parts):
 
 def small(pictures, output, *more):
     """Six steps an epoch of the short network."""
-    return words("--model mobilenet_v2_short --batch-size 8 --workers 0 --bn-batches 4 --device cpu"
+    return split("--model mobilenet_v2_short --batch-size 8 --workers 0 --bn-batches 4 --device cpu"
                  " --bn-momentum 0.3 --data", pictures, "--output", output, *more)
 
 
@@ -1457,8 +1451,9 @@ def cosine(start, end, share):
 def test_a_step_is_sgd_adam_eq_5_and_algorithm_1_in_this_order(method, more, tiny_run, monkeypatch):
     """Twelve steps written out: both optimizers, schedules, weight decay, BN's momentum."""
     monkeypatch.setattr(torch, "compile", lambda model: model)  # it has tests of its own
-    run = tiny_run("--method", method, more, "--steps 12 --act-bits 32 --lr-floor 0.5 --weight-decay 0.01",
-                   "--scale-lr 0.01 --lambda 0 0.5 --threshold 0.2 0.05 --osc-momentum 0.1")
+    run = tiny_run("--method", method, more, "--steps 12 --act-bits 32 --osc-momentum 0.1",
+                   "--lr-floor 0.5 --weight-decay 0.01 --scale-lr 0.01 --lambda 0 0.5",
+                   "--threshold 0.2 0.05")
     model = copy.deepcopy(run.model).train()
     for bn in osc_qat.batch_norms(model).values():
         bn.momentum = 0.3
@@ -1560,8 +1555,8 @@ def test_table_3_starts_each_row_from_the_trained_weights(tiny_run, monkeypatch)
     for name, result in (("sample_oscillating_weights", 1), ("optimize_oscillating_weights", 7)):
         monkeypatch.setattr(train, name, partial(spoil, result))
     monkeypatch.setattr(train, "score", score)
-    monkeypatch.setattr(train, "train_step",
-                        lambda run, *_: steps.append(run.step) or setattr(run, "step", run.step + 1))
+    monkeypatch.setattr(train, "train_step", lambda run, *_: (
+        steps.append(run.step), setattr(run, "step", run.step + 1)))
     run.tracker.f[::2] = 1  # oscillating
     rows = train.table3(run, "trained", 3)
     for start in [*starts, dict(weights)]:
@@ -1706,17 +1701,16 @@ def test_batches_depend_on_seed_epoch_and_step_only(data, few_patterns, pictures
     """Not on what was drawn before, nor on the number of loading processes or ranks."""
     def start(*more):
         flags = ["--data", pictures] if data else []
-        return train.Run(train.parse(words("--method fp32 --model mobilenet_v2_short --batch-size",
+        return train.Run(train.parse(split("--method fp32 --model mobilenet_v2_short --batch-size",
                                            "8 --workers 0 --image-size 20", *flags, *more)))
 
     run = start()
-    whole, torch_state = list(run.batches(1)), torch.get_rng_state()
+    whole = list(run.batches(1))
     late = list(start("--workers 2" if data else "").batches(1, skip=2))
     assert_same(late, whole[2:])
     assert whole[0][0].shape == (8, 3, 20, 20)
     for other in (run.batches(0), run.batches("bn"), start("--seed 1").batches(1)):
         assert not torch.equal(next(other)[0], whole[0][0])
-    assert torch.equal(torch.get_rng_state(), torch_state) or data
     endless = list(islice(run.batches("bn"), 2 * len(whole)))
     assert not torch.equal(endless[0][0], endless[len(whole)][0])
     monkeypatch.setattr(train, "world_size", lambda: 3)
@@ -1737,7 +1731,7 @@ def test_training_pictures_are_flipped_half_of_the_time_and_others_never(
         (tmp_path / part / name).mkdir(parents=True)
         Image.fromarray(x.numpy()).save(tmp_path / part / name / "1.png")
     flags = ["--data", tmp_path] if data else []
-    run = train.Run(train.parse(words("--method fp32 --model mobilenet_v2_short", *flags)))
+    run = train.Run(train.parse(split("--method fp32 --model mobilenet_v2_short", *flags)))
     for part, low, high in ((run.train_set, 25, 75), (run.val_set, 0, 0)):
         flipped = 0
         for part.epoch in range(100):
@@ -1780,7 +1774,7 @@ def test_a_float_network_learns(fp32):
 @pytest.mark.parametrize("method", ["lsq", "dampen", "freeze"])
 def test_a_run_learns_and_writes_log_checkpoints_and_summary(
         method, pictures, fp32, tmp_path, capsys):
-    """And --evaluate, --analyze and --summarize read them."""
+    """And --evaluate and --summarize read them."""
     assert train.main(qat(pictures, fp32, tmp_path, "--method", method)) == 0
     summary, rows = read(tmp_path)
     assert summary.keys() >= {
@@ -1793,23 +1787,12 @@ def test_a_run_learns_and_writes_log_checkpoints_and_summary(
     assert (summary["frozen"] > 0) == (method == "freeze")
     assert not list(tmp_path.glob("*.part"))
     capsys.readouterr()
-    command = words("--evaluate", tmp_path / "last.pt", "--data", pictures, "--workers 0")
+    command = split("--evaluate", tmp_path / "last.pt", "--data", pictures, "--workers 0")
     assert train.main(command) == 0
     scores = json.loads(capsys.readouterr().out)
     assert scores == {key: summary[key] for key in scores} and len(scores) == 4
     assert train.main(["--summarize", str(tmp_path), str(fp32)]) == 0
     assert re.search(rf"\| {method} +\| 3/3 ", capsys.readouterr().out)
-    if method == "freeze":
-        pytest.importorskip("matplotlib")
-        plot = tmp_path / "figures.png"
-        assert train.main(words("--analyze", tmp_path / "last.pt", tmp_path / "best.pt", "--steps 3",
-                                "--data", pictures, "--workers 0 --plot", plot,
-                                "--layer features.3.conv.1.0")) == 0
-        printed = capsys.readouterr().out
-        for text in ("Table 1", "depthwise", "Table 3", "AdaRound, ", "3 steps",
-                     "Figures 3 and 4", "features.3.conv.1.0", "-0.50"):
-            assert text in printed
-        assert plot.stat().st_size > 10_000
 
 
 def test_a_summary_averages_over_seeds_and_nothing_else(tmp_path, capsys):
@@ -1842,7 +1825,7 @@ def table(printed):
 def test_without_data_three_methods_end_in_one_table(few_patterns, tmp_path, capsys):
     """The float network is trained once, and nothing but the patterns is needed."""
     for method in ("lsq", "dampen", "freeze"):
-        assert train.main(words("--method", method, "--steps 2 --bn-batches 2 --seed 3 --output",
+        assert train.main(split("--method", method, "--steps 2 --bn-batches 2 --seed 3 --output",
                                 tmp_path / method)) == 0
         out = capsys.readouterr().out
         assert ("fp32 mobilenet_v2_short from random" in out) == (method == "lsq")
@@ -1858,7 +1841,7 @@ def test_without_data_three_methods_end_in_one_table(few_patterns, tmp_path, cap
 def test_no_epochs_only_score(method, few_patterns, tmp_path, monkeypatch):
     """And train nothing, the float network included."""
     monkeypatch.setattr(train, "train_step", None)
-    assert train.main(words("--epochs 0 --bn-batches 2 --method", method, "--output",
+    assert train.main(split("--epochs 0 --bn-batches 2 --method", method, "--output",
                             tmp_path / "out")) == 0
     summary, rows = read(tmp_path / "out")
     assert summary["loss"] is None and summary["epochs"] == 0 and len(rows) == 1
@@ -1870,7 +1853,7 @@ def test_an_exported_network_scores_as_its_checkpoint(pictures, fp32, tmp_path, 
     """With nothing but the file: its metadata say how a picture becomes its input."""
     train.main(qat(pictures, fp32, tmp_path, "--method freeze --epochs 1"))
     capsys.readouterr()
-    assert train.main(words("--evaluate", tmp_path / "last.pt", "--data", pictures, "--workers 0",
+    assert train.main(split("--evaluate", tmp_path / "last.pt", "--data", pictures, "--workers 0",
                             "--export", tmp_path / "net.onnx")) == 0
     scores = json.loads(capsys.readouterr().out.splitlines()[0])
     content = (tmp_path / "net.onnx").read_bytes()
@@ -2021,7 +2004,7 @@ def test_what_the_machine_lacks_is_told_with_the_flag_that_asks_for_it(
 def test_benchmark_times_all_methods_in_turn(few_patterns, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = "--benchmark --width 0.1 --image-size 32 --batch-size 2 --steps 1"
-    assert train.main(words(flags)) == 0
+    assert train.main(split(flags)) == 0
     rows = table(capsys.readouterr().out)
     assert [row["method"] for row in rows] == ["fp32", "lsq", "dampen", "freeze"]
     assert all(float(row["step ms"]) > 0 for row in rows) and float(rows[1]["/ LSQ"]) == 1
@@ -2094,6 +2077,20 @@ def whole(fork, pictures, fp32, tmp_path_factory):
     output, begun = tmp_path_factory.mktemp("whole"), time.perf_counter()
     fork(train.main, long_run(pictures, fp32, output, "--checkpoint-every 1")).join()
     return output, time.perf_counter() - begun
+
+
+def test_analysis_prints_tables_1_and_3_and_draws_figures_2_to_4(
+        whole, pictures, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    plot, (output, _) = tmp_path / "figures.png", whole
+    assert train.main(split("--analyze", output / "last.pt", output / "best.pt", "--steps 3",
+                            "--workers 0 --layer features.3.conv.1.0 --data", pictures,
+                            "--plot", plot)) == 0
+    printed = capsys.readouterr().out
+    for text in ("Table 1", "depthwise", "Table 3", "AdaRound, ", "3 steps", "Figures 3 and 4",
+                 "features.3.conv.1.0", "-0.50"):
+        assert text in printed
+    assert plot.stat().st_size > 10_000
 
 
 def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(
@@ -2182,7 +2179,7 @@ def test_an_export_that_cannot_be_written_is_one_line(
     """Into a folder that is missing, into one that is a file, and over a folder."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(whole[0] / "last.pt", tmp_path)
-    command = words("--evaluate last.pt --workers 0 --data", pictures, "--export", place)
+    command = split("--evaluate last.pt --workers 0 --data", pictures, "--export", place)
     assert f"--export {place}: cannot be written" in refusal(command, capsys)
     assert os.listdir(tmp_path) == ["last.pt"]
 
@@ -2238,7 +2235,7 @@ def test_two_processes_train_one_network(pair, pictures, capsys):
     summary, _ = read(output)
     assert any(t.any() for name, t in tracker.items() if name.endswith(".f"))
     assert summary["frozen"] > 0 and summary["post_bn_top1"] > 90
-    train.main(words("--evaluate", output / "last.pt", "--data", pictures, "--workers 0"))
+    train.main(split("--evaluate", output / "last.pt", "--data", pictures, "--workers 0"))
     for key, value in json.loads(capsys.readouterr().out).items():  # by one process
         assert summary[key] == pytest.approx(value, rel=1e-5)
         assert "loss" in key or round(17 * value / 100, 9) % 1 == 0
