@@ -230,7 +230,7 @@ def finish_epoch(run: "Run", epoch: int) -> None:
             + f"  unreadable pictures {unreadable}" * bool(unreadable))
     key = "pre_bn_top1" if run.args.method == "fp32" else "post_bn_top1"
     best = max(run.rows, key=lambda row: row[key])
-    save_checkpoint(run, "last.pt", *(["best.pt"] if best is row else []))
+    save_checkpoint(run, *(["best.pt"] if best is row else []), "last.pt")  # last.pt ends the epoch
 
 
 def train(args: argparse.Namespace) -> None:
@@ -443,9 +443,9 @@ class Run:
                 for key in ("running_mean", "running_var")}
 
     def diverged(self, what: str) -> UserError:
-        """The one line of a run that cannot go on, with the first tensor that is to blame."""
-        bad = next((f"; {name} is NaN or infinite" for name, t in self.model.state_dict().items()
-                    if t.is_floating_point() and not t.isfinite().all()), "")
+        """The one line of a run that cannot go on, with the first parameter that is to blame."""
+        bad = next((f"; {name} is NaN or infinite" for name, p in self.model.named_parameters()
+                    if not p.isfinite().all()), "")
         kept = "; last.pt keeps the last checkpoint" * Path(self.args.output, "last.pt").exists()
         at = f"at step {self.step + 1} of {self.total}"
         return UserError(f"{what} {at}{bad}{kept}; try a smaller --lr")
@@ -1019,7 +1019,8 @@ def summarize(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """The finished runs beside this one, of the same network, data, bits and seed."""
-    folders = [path.parent for path in sorted(Path(args.output).parent.glob("*/summary.json"))]
+    here = Path(args.output).parent
+    folders = sorted({path.resolve().parent for path in here.glob("*/summary.json")})  # links once
     own, *beside = [read_summary(folder, "--output") for folder in (args.output, *folders)]
     print_summaries([s for s in beside if s["setting"].get("data") == str(args.data) and all(
         s[key] == own[key] for key in ("model", "weight_bits", "act_bits", "seed"))])
