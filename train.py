@@ -328,12 +328,12 @@ class Run:
         for part, data in (("train", self.train_set), ("val", self.val_set)):
             data.transform = picture_transform(part, args, inputs)  # patterns need none
         self.model = model.to(self.device, memory_format=torch.channels_last)
+        # On one GPU, too, BN statistics are those of a whole step's images.
+        self.processes = checkpoint["facts"]["processes"] if checkpoint else world_size()
         self.epoch_steps = len(self.order(0))
         self.total = args.steps or args.epochs * self.epoch_steps
         self.epochs = math.ceil(self.total / self.epoch_steps)
         self.step, self.loss_sum, self.rows, self.fp32_top1 = 0, 0.0, [], None
-        # On one GPU, too, BN statistics are those of a whole step's images.
-        self.processes = checkpoint["facts"]["processes"] if checkpoint else world_size()
 
     def start(self, checkpoint: dict | None = None) -> None:
         """Quantizes the network, makes its optimizers, and takes over what a checkpoint holds."""
