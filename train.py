@@ -806,7 +806,7 @@ def read_checkpoint(path: str | Path, flag: str) -> dict:
 
 def save_atomically(path: Path, content: bytes, flag: str = "--output") -> None:
     """Writes beside `path` and renames: a kill or a full disk leaves the previous file whole."""
-    part = Path(f"{path}.{os.getpid()}.part")
+    part = Path(f"{path}.part")  # a killed run's is written over
     with blame(f"{flag} {path}: cannot be written", OSError):
         try:
             with open(part, "wb") as file:
@@ -977,8 +977,7 @@ def summarize(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """The finished runs beside this one, of the same network, data, bits and seed."""
-    here = Path(args.output).parent
-    folders = sorted({path.resolve().parent for path in here.glob("*/summary.json")})  # links once
+    folders = sorted({p.resolve().parent for p in Path(args.output).parent.glob("*/summary.json")})
     own, *beside = [read_summary(folder, "--output") for folder in (args.output, *folders)]
     print_summaries([s for s in beside if s["setting"].get("data") == str(args.data) and all(
         s[key] == own[key] for key in ("model", "weight_bits", "act_bits", "seed"))])
