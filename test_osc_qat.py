@@ -2134,8 +2134,8 @@ def test_a_run_cut_between_two_files_loses_none(
 
 
 @pytest.mark.parametrize("number, name, step, saved", [
-    (signal.SIGINT, "train_step", 4, 5), (signal.SIGTERM, "validate", 0, None), (signal.SIGTERM, "validate", 3, 3),
-    (signal.SIGINT, "reestimate", 6, 6)])
+    (signal.SIGINT, "train_step", 4, 5), (signal.SIGTERM, "validate", 0, None),
+    (signal.SIGTERM, "validate", 3, 3), (signal.SIGINT, "reestimate", 6, 6)])
 def test_a_signal_saves_and_leaves_with_one_line_and_resuming_ends_the_same(
         number, name, step, saved, whole, pictures, fp32, tmp_path, capsys):
     """Within training, within validation, and where nothing is saved yet."""
