@@ -831,7 +831,7 @@ def read_checkpoint(path: str | Path, flag: str) -> dict:
 
 def save_atomically(path: Path, content: bytes, flag: str = "--output") -> None:
     """Writes beside `path` and renames: a kill or a full disk leaves the previous file whole."""
-    part = Path(f"{path}.{os.getpid()}.part")
+    part = Path(f"{path}.part")  # a killed run's is written over
     with blame(f"{flag} {path}: cannot be written", OSError):
         try:
             with open(part, "wb") as file:
@@ -1004,15 +1004,13 @@ def summarize(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """The finished runs beside this one, of the same network, data, bits and seed."""
-    own = read_summary(args.output, "--output")
-    alike, beside = ("model", "weight_bits", "act_bits", "seed"), [own]
-    for path in sorted(Path(args.output).resolve().parent.glob("*/summary.json")):
+    here, beside = Path(args.output).resolve(), []
+    own = read_summary(here, "--output")
+    for folder in sorted({p.resolve().parent for p in here.parent.glob("*/summary.json")}):
         with suppress(UserError):  # of another program
-            other = read_summary(path.parent, "--output")
-            if (path.parent != Path(args.output).resolve() and all(
-                    other[key] == own[key] for key in alike)
-                    and other["setting"]["data"] == own["setting"]["data"]):
-                beside.append(other)
+            other = read_summary(folder, "--output")
+            same = all(other[key] == own[key] for key in ("model", "weight_bits", "act_bits", "seed"))
+            beside += [other] if same and other["setting"]["data"] == own["setting"]["data"] else []
     print_summaries(beside)
 
 
