@@ -1009,7 +1009,8 @@ def compare(args: argparse.Namespace) -> None:
     for folder in sorted({p.resolve().parent for p in here.parent.glob("*/summary.json")}):
         with suppress(UserError):  # of another program
             other = read_summary(folder, "--output")
-            same = all(other[key] == own[key] for key in ("model", "weight_bits", "act_bits", "seed"))
+            alike = ("model", "weight_bits", "act_bits", "seed")
+            same = all(other[key] == own[key] for key in alike)
             beside += [other] if same and other["setting"]["data"] == own["setting"]["data"] else []
     print_summaries(beside)
 
