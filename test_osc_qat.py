@@ -1519,7 +1519,7 @@ def tiny_run(pictures, tmp_path, monkeypatch):
         net.layout = None
         monkeypatch.setattr(train, "build_model", lambda *_: net)
         run = train.Run(train.parse(small(pictures, tmp_path, "--bits 3 --lr 0.2", *more)))
-        run.begin()
+        run.start()
         run.model.train()
         return run
 
@@ -1568,7 +1568,7 @@ def test_a_step_is_sgd_adam_eq_5_and_algorithm_1_in_this_order(method, more, tin
                 w.data -= cosine(0.2, 0.1, step / 12) * state[name]
         tracker.step(cosine(0.2, 0.05, share) if method == "freeze" and step >= 3 else None)
         assert train.train_step(run, x, y) == pytest.approx(loss.item(), rel=1e-4)
-        for layer in quant_layers(model).values() if "compile" in more else ():
+        for layer in quant_layers(model).values():
             layer.weight_quantizer.repair()  # which a compiled forward pass cannot do
         assert_close(run.model.state_dict(), model.state_dict(), rtol=1e-3, atol=1e-5)
         assert_close(run.tracker.state_dict(), tracker.state_dict())
@@ -1607,13 +1607,13 @@ def test_scores_are_those_of_all_validation_pictures_before_and_after_reestimati
     """And shares are percent, and training goes on with the BN statistics that it had."""
     run = tiny_run("--method lsq")
     train_on(run)
-    own = run.bn_state()
+    own = run.average_bn()
     monkeypatch.setattr(OscillationTracker, "oscillating", lambda tracker: 0.25)
     monkeypatch.setattr(OscillationTracker, "frozen_share", lambda tracker: 0.5)
     train.finish_epoch(run, 1)
     row = run.rows[0]
     assert (row["oscillating"], row["frozen"]) == (25, 50)
-    assert_same(run.bn_state(), own)
+    assert_same(run.average_bn(), own)
     x, y = zip(*[run.val_set[i] for i in range(17)])
     for moment in ("pre", "post"):
         logits, labels = run.model.eval()(torch.stack(x)), torch.tensor(y)
@@ -1829,7 +1829,7 @@ def test_training_pictures_are_flipped_half_of_the_time_and_others_never(
                 image, _ = part[0]
                 flipped += image[..., 12:].mean().item() < image[..., :12].mean().item()
             else:
-                image, pattern = part[0][0], part.images[0]
+                image, pattern = part[0][0], part.tensors[0][0]
                 flipped += (image * pattern.flip(2)).sum() > (image * pattern).sum()
         assert low <= flipped <= high
 
@@ -1917,7 +1917,7 @@ def test_without_data_three_methods_end_in_one_table(few_patterns, tmp_path, cap
         assert train.main(split("--method", method, "--steps 2 --bn-batches 2 --seed 3 --output",
                                 tmp_path / method)) == 0
         out = capsys.readouterr().out
-        assert ("fp32 mobilenet_v2_short from random" in out) == (method == "lsq")
+        assert ("from random weights, step 0 of 2" in out) == (method == "lsq")
         assert "the embedded set of generated patterns" in out.splitlines()[0]
         summary, rows = read(tmp_path / method)
         assert rows[-1]["step"] == 2 and len(rows) == 1
@@ -2035,7 +2035,6 @@ def test_a_number_out_of_range_is_refused_by_name(flag, value, capsys):
     ("--output broken --resume --weights w.pt", "--resume broken/last.pt"),
     ("--output other --resume --weights w.pt", "no checkpoint"),
     ("--evaluate w.pt", "no checkpoint"),
-    ("--weights DEFAULT --model mobilenet_v2 --width 0.5", "give --width 1"),
     ("--model resnet18 --width 0.5", "--width: resnet18"),
     ("--weights negative.pt", "--weights: do not work"),
     ("--benchmark --batch-size 1 --image-size 32", "at least 2 images")])
@@ -2082,7 +2081,7 @@ def test_resuming_another_command_says_what_differs(pictures, fp32, tmp_path, ca
     (PermissionError(13, "Permission denied", "runs/x/last.pt"), "runs/x/last.pt")])
 def test_what_the_machine_lacks_is_told_with_the_flag_that_asks_for_it(
         error, words, capsys, monkeypatch):
-    def fail(args):
+    def fail(args, **_):
         raise error
 
     monkeypatch.setattr(train, "train", fail)
@@ -2138,7 +2137,7 @@ def fill_the_disk(room, run, *_):
 
 
 def keep_state(run, *_):
-    states = run.tracker.state_dict(), run.model.state_dict(), run.bn_state()
+    states = run.tracker.state_dict(), copy.deepcopy(run.model.state_dict()), run.average_bn()
     torch.save(states, Path(run.args.output, f"rank{train.rank()}"))
 
 
@@ -2243,7 +2242,7 @@ FULL = "--output {}/last.pt: cannot be written ([Errno 27] File too large"
 
 
 @pytest.mark.parametrize("name, act, words, saved", [
-    ("train_step", explode, "loss became nan at step 5 of 12", 4),
+    ("train_step", explode, "loss became nan after 4 of 12 steps", 4),
     ("save_checkpoint", spoil_a_weight, "features.8.0.weight is NaN or infinite", 2),
     ("save_checkpoint", partial(fill_the_disk, 5000), FULL, 2),
     ("save_checkpoint", partial(fill_the_disk, 200_000), FULL, 2)])
@@ -2330,7 +2329,7 @@ def test_two_processes_train_one_network(pair, pictures, capsys):
 
 
 @pytest.mark.parametrize("name, step, act, words, saved", [
-    ("train_step", 2, explode, "loss became nan at step 3 of 6", 2),
+    ("train_step", 2, explode, "loss became nan after 2 of 6 steps", 2),
     ("train_step", 2, partial(send, signal.SIGTERM), "stopped by a signal at step 3 of 6", 3),
     ("validate", 3, partial(send, signal.SIGTERM), "stopped by a signal at step 3 of 6", 3)])
 def test_what_happens_to_one_process_stops_all_at_the_same_step(
@@ -2523,7 +2522,7 @@ def test_a_checkpoint_knows_its_classes_by_name(ab, capsys):
         assert ("head starts afresh" in capsys.readouterr().out) == afresh
     (Path("moved/train/a/0.png")).unlink()
     status, (line,) = tiny(capsys, "--data", "moved", "--output", "run", "--resume")
-    assert status == 2 and "numbers of pictures" in line
+    assert status == 2 and "other pictures or processes" in line
 
 
 @pytest.mark.parametrize("first, lines", [("n01440764", 0), ("tench", 1)])
@@ -2620,7 +2619,7 @@ def test_a_bad_file_in_torchs_cache_is_named_to_be_deleted(content, tmp_path, mo
 def test_a_proxy_that_answers_rubbish_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("urllib.request.urlopen", partial(fail, http.client.BadStatusLine("?")))
-    with pytest.raises(train.UserError, match="--weights DEFAULT: cannot be had; give a file"):
+    with pytest.raises(train.UserError, match="--weights DEFAULT: cannot be had; delete .*, or give a file"):
         train.build_model("resnet18", weights="DEFAULT")
 
 

