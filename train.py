@@ -88,7 +88,7 @@ FP32 = IMAGENET | dict(lr=0.1, weight_decay=4e-5)
 SHORT = dict(lr=0.05, weight_decay=2.5e-5, epochs=3, threshold=(0.03, 0.012), lambda_=(0.0, 0.3),
              lr_floor=0.1, scale_lr=1e-4, bn_momentum=0.02, osc_momentum=0.005, batch_size=64,
              image_size=24, min_crop=0.95)
-SHORT_FP32 = SHORT | dict(epochs=8, lr=0.1, lr_floor=0.0, weight_decay=4e-5, bn_momentum=0.1)
+SHORT_FP32 = SHORT | dict(epochs=6, lr=0.1, lr_floor=0.0, weight_decay=4e-5, bn_momentum=0.1)
 
 
 def recipe(args: argparse.Namespace) -> dict:
@@ -205,8 +205,11 @@ def reestimate(run: "Run") -> None:
 def finish_epoch(run: "Run", epoch: int) -> None:
     """A row of log.csv: scores before and after BN re-estimation. Training keeps BN's own state."""
     own = run.average_bn()
-    (pre_top1, pre_loss), (post_top1, post_loss) = validate(run), (None, None)
-    if run.args.method != "fp32" or run.step == run.total:  # in float, the end alone tells enough
+    pre_top1, pre_loss, post_top1, post_loss = None, None, None, None
+    is_float, at_end = run.args.method == "fp32", run.step == run.total
+    if at_end or run.args.data or not is_float:  # the float weights of the patterns: at their end
+        pre_top1, pre_loss = validate(run)
+    if at_end or not is_float:  # in float, before and after hardly differ
         reestimate(run)
         post_top1, post_loss = validate(run)
         run.model.load_state_dict(own, strict=False)
@@ -222,8 +225,8 @@ def finish_epoch(run: "Run", epoch: int) -> None:
     unreadable = int(run.train_set.unreadable.sum() + run.val_set.unreadable.sum())
     print("  ".join(f"{key} {value:.4g}" for key, value in row.items() if value is not None)
             + f"  unreadable pictures {unreadable}" * bool(unreadable))
-    key = "pre_bn_top1" if run.args.method == "fp32" else "post_bn_top1"
-    best = max(run.rows, key=lambda row: row[key])
+    key = "pre_bn_top1" if is_float else "post_bn_top1"
+    best = max(run.rows, key=lambda row: row[key] or 0)
     save_checkpoint(run, *(["best.pt"] if best is row else []), "last.pt")  # last.pt ends the epoch
 
 
