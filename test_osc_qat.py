@@ -2024,6 +2024,7 @@ def test_a_number_out_of_range_is_refused_by_name(flag, value, capsys):
     ("--evaluate missing.pt", "--evaluate missing.pt"),
     ("--analyze missing.pt", "--analyze missing.pt"),
     ("--summarize missing", "--summarize missing"),
+    ("--evaluate last.pt --export last.pt", "give FILE.onnx"),
     ("--export net.onnx", "--export: goes with --evaluate"), ("--plot a.png", "--plot: goes with"),
     ("--layer a", "--layer: goes with"),
     ("--data missing", "expected train/CLASS"), ("--data empty", "expected train/CLASS"),
@@ -2260,15 +2261,16 @@ def test_nan_and_a_full_disk_are_one_line_and_leave_the_previous_checkpoint_whol
     assert all(tensor.isfinite().all() for tensor in content["model"].values())
 
 
-@pytest.mark.parametrize("place", ["missing/e.onnx", "last.pt/e.onnx", "."])
+@pytest.mark.parametrize("place", ["missing/e.onnx", "last.pt/e.onnx", "folder.onnx"])
 def test_an_export_that_cannot_be_written_is_one_line(
         place, onnx, whole, pictures, tmp_path, capsys, monkeypatch):
     """Into a folder that is missing, into one that is a file, and over a folder."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(whole[0] / "last.pt", tmp_path)
+    (tmp_path / "folder.onnx").mkdir()
     command = split("--evaluate last.pt --workers 0 --data", pictures, "--export", place)
     assert f"--export {place}: cannot be written" in refusal(command, capsys)
-    assert os.listdir(tmp_path) == ["last.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["folder.onnx", "last.pt"]
 
 
 def be_rank(rank, port, command, errors, stroke):
@@ -2717,12 +2719,16 @@ def test_a_width_is_refused_by_a_network_that_has_none(capsys):
 # --- README ---------------------------------------------------------------------------------------
 
 
-def test_every_readme_command_parses():
-    readme = (ROOT / "README.md").read_text()
-    commands = re.findall(r"^ *(?:torchrun \S+ |python )train\.py (.*)$", readme, re.M)
+@pytest.mark.parametrize("file", ["README.md", "figures/README.md"])
+def test_every_readme_command_parses(file, tmp_path, monkeypatch):
+    text = (ROOT / file).read_text()
+    commands = re.findall(r"(?:torchrun \S+ |python )(train|toy_oscillation)\.py *([^`\n]*)", text)
     assert len(commands) > 5
-    for command in commands:
-        train.parse(command.split("#")[0].split())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "figures").mkdir()
+    for script, flags in commands:
+        flags = flags.split("#")[0].replace("--help", "").split()
+        (train if script == "train" else toy_oscillation).parse(flags)
 
 
 def test_at_most_42_flags_are_described_with_their_defaults_and_tested(capsys):

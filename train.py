@@ -1233,6 +1233,8 @@ def check_together(args: argparse.Namespace, error) -> None:
         error(f"--width: {args.model} has no width multiplier; leave it out")
     if args.batch_size // args.accumulate < 2:
         error("--batch-size, --accumulate: batch norm needs at least 2 images a forward pass")
+    if args.export and not args.export.endswith(".onnx"):
+        error("--export: writes ONNX; give FILE.onnx")
     for flag, mode in (("export", "evaluate"), ("plot", "analyze"), ("layer", "analyze")):
         if getattr(args, flag) and not getattr(args, mode):
             error(f"--{flag}: goes with --{mode} CHECKPOINT")
