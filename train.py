@@ -1024,25 +1024,18 @@ def compare(args: argparse.Namespace) -> None:
 
 def analyze(args: argparse.Namespace) -> None:
     """Figures 2 to 4 of all checkpoints, Table 1 and Table 3 of the first."""
-    def fresh(path: str) -> Run:
-        run = stored_run(path, "--analyze", args)
-        if not run.tracker.layers:
-            raise UserError(f"--analyze {path}: has no latent weights of 4 bits or fewer")
-        return run
-
-    runs = {}
-    for number, path in enumerate(args.analyze, 1):
-        run = fresh(path)
-        runs[f"{number} {run.args.method} w{run.args.bits}a{run.args.act_bits}"] = run
-    figures(runs, args)
-    first, *others = args.analyze
-    title, *titles = runs
+    loaded = [stored_run(path, "--analyze", args) for path in args.analyze]
+    runs = {f"{number} {run.args.method} w{run.args.bits}a{run.args.act_bits}": run
+            for number, run in enumerate(loaded, 1)}
+    layer = figures(runs, args.layer)
     print("\nTable 1: KL divergence of BN statistics")
-    print_table(table1(fresh(first)))
+    print_table(table1(loaded[0]))
     print("\nTable 3: BN re-estimated each time")
-    rows = table3(fresh(first), title, args.steps or 1000)
-    print_table([*rows, *(table3_row(title, [score(fresh(path))])
-                          for title, path in zip(titles, others))])
+    title, *titles = runs
+    rows = table3(stored_run(args.analyze[0], "--analyze", args), title, args.steps or 1000)
+    print_table([*rows, *(table3_row(title, [score(runs[title])]) for title in titles)])
+    if args.plot:
+        plot_figures(args.plot, layer, runs)
 
 
 def table1(run: Run) -> list[dict]:
@@ -1096,57 +1089,55 @@ def table3(run: Run, name: str, steps: int) -> list[dict]:
         chosen = optimize_oscillating_weights(run.model, run.tracker, run.batches("choice"), steps)
     scores[f"AdaRound, {chosen} weights, {steps} steps"] = [score(run)]
     run.model.load_state_dict(trained)
-    repeat_last_steps(run, steps)
+    list(repeat_last_steps(run, steps))
     scores[f"its last {steps} steps once more"] = [score(run)]
     return [table3_row(name, each) for name, each in scores.items()]
 
 
-def repeat_last_steps(run: Run, steps: int, look=lambda: None) -> list:
-    """Trains the last steps of the schedule once more; what `look` returned after each of them."""
-    run.step, seen = max(run.total - steps, 0), []
+def repeat_last_steps(run: Run, steps: int) -> Iterator[float]:
+    """Trains the last steps of the schedule once more; the loss of each."""
+    run.step = max(run.total - steps, 0)
     run.wrapped_model.train()
     for images, labels in islice(run.batches("repeated"), run.total - run.step):
-        train_step(run, images, labels)
-        seen.append(look())
-    return seen
+        yield train_step(run, images, labels)
 
 
-def figures(runs: dict[str, Run], args: argparse.Namespace) -> None:
-    """Figures 3 and 4 of one layer of all runs as a table; with --plot Figures 2 to 4 drawn.
+def figures(runs: dict[str, Run], name: str | None) -> str:
+    """Figures 3 and 4 of one layer of all runs as a table; the name of the layer."""
+    tracked = next(iter(runs.values())).tracker.layers
+    depthwise = [name for name, layer in tracked.items() if getattr(layer, "groups", 1) > 1]
+    name = name or [*tracked, *depthwise[:3], ""][-1]  # as in Figure 3
+    if any(name not in run.tracker.layers for run in runs.values()):
+        raise UserError(f"--layer {name}: no weights of 4 bits or fewer in every run; there are "
+                        f"{', '.join(tracked) or 'none'}")
+    print(f"\nFigures 3 and 4: w_int - w / s of {name}, in percent of its weights")
+    rows = [{"from": f"{k / 20 - 0.5:.2f}"} for k in range(20)]
+    for title, run in runs.items():
+        layer = run.tracker.layers[name]
+        gap = (layer.weight_int() - layer.weight_u().detach()).cpu()
+        for row, count in zip(rows, torch.histc(gap, 20, -0.5, 0.5)):
+            row[title] = f"{count / gap.numel():.1%}"
+    print_table(rows)
+    return name
+
+
+def plot_figures(path: str, name: str, runs: dict[str, Run]) -> None:
+    """Figures 3, 4 and 2 in one picture, a row a run, which is trained on for it.
 
     Deviation: Figure 2's iterations are the last thousand once more, so that no run keeps a trace.
     """
-    first, *_ = runs.values()
-    depthwise = [name for name, layer in first.tracker.layers.items()
-                 if getattr(layer, "groups", 1) > 1]
-    name = args.layer or [*first.tracker.layers, *depthwise[:3]][-1]  # as in Figure 3
-    if any(name not in run.tracker.layers for run in runs.values()):
-        raise UserError(f"--layer {name}: not tracked in every run; there are "
-                        f"{', '.join(first.tracker.layers)}")
-    layers = {title: run.tracker.layers[name] for title, run in runs.items()}
-    latent = {title: layer.weight_u().detach().cpu() for title, layer in layers.items()}
-    gaps = {title: layer.weight_int().cpu() - latent[title] for title, layer in layers.items()}
-    print(f"\nFigures 3 and 4: w_int - w / s of {name}, in percent of its weights")
-    shares = {title: torch.histc(gap, 20, -0.5, 0.5) / gap.numel() for title, gap in gaps.items()}
-    print_table([{"from": f"{k / 20 - 0.5:.2f}", **{title: f"{share[k]:.1%}" for title, share
-                                                    in shares.items()}} for k in range(20)])
-    if args.plot:
-        plot_figures(args.plot, name, latent, gaps, {
-            title: repeat_last_steps(run, 1000, lambda: layers[title].weight_int()[0].flatten())
-            for title, run in runs.items()})
-
-
-def plot_figures(path: str, layer: str, latent: dict, gaps: dict, traces: dict) -> None:
-    """Figures 3, 4 and 2 in one picture, a row a run."""
     with blame("--plot: needs matplotlib; pip install matplotlib", ImportError):
         from matplotlib.figure import Figure
-    figure = Figure((12, 2.6 * len(latent)), layout="constrained")
-    for row, title in zip(figure.subplots(len(latent), 3, squeeze=False), latent):
-        row[0].hist(latent[title].flatten().numpy(), 80)
-        row[0].set(title=f"{title}: {layer}", xlabel="latent weight w / s")
-        row[1].hist(gaps[title].flatten().numpy(), 40, range=(-0.5, 0.5))
+    figure = Figure((12, 2.6 * len(runs)), layout="constrained")
+    for row, (title, run) in zip(figure.subplots(len(runs), 3, squeeze=False), runs.items()):
+        layer = run.tracker.layers[name]
+        latent = layer.weight_u().detach().flatten().cpu()
+        row[0].hist(latent.numpy(), 80)
+        row[0].set(title=f"{title}: {name}", xlabel="latent weight w / s")
+        row[1].hist((layer.weight_int().flatten().cpu() - latent).numpy(), 40, range=(-0.5, 0.5))
         row[1].set(title="distance from the bin centre", xlabel="w_int - w / s")
-        row[2].plot(torch.stack(traces[title]).cpu().numpy(), linewidth=0.7)
+        trace = [layer.weight_int()[0].flatten().cpu() for _ in repeat_last_steps(run, 1000)]
+        row[2].plot(torch.stack(trace).numpy(), linewidth=0.7)
         row[2].set(title="integers of the first channel", xlabel="iteration", ylabel="w_int")
     with blame(f"--plot {path}: cannot be written", OSError, ValueError):
         figure.savefig(path)
