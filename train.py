@@ -320,11 +320,10 @@ class Run:
                       "pictures": [len(self.train_set), len(self.val_set)]}
         torch.manual_seed(args.seed)
         if checkpoint:
-            there = checkpoint["facts"]["classes"]
-            model = build_network(args.model, len(there), args.width, checkpoint["layout"])
-            if there != classes:
+            if classes != (there := checkpoint["facts"]["classes"]):
                 raise UserError(f"{args.output}: was trained on other classes ("
                                 f"{', '.join(there):.40} ...); give their --data")
+            model = build_network(args.model, len(classes), args.width, checkpoint["layout"])
         else:
             model = build_model(args.model, len(classes), args.weights, args.width, classes)
         for data in (self.train_set, self.val_set):  # patterns need none
@@ -635,15 +634,14 @@ class Inputs(NamedTuple):
 
     mean: tuple = (0.485, 0.456, 0.406)  # in 0..1 units
     std: tuple = (0.229, 0.224, 0.225)
-    interpolation: InterpolationMode = InterpolationMode.BILINEAR
-    resize: float = 248 / 224  # the shorter side, before a centre crop of size 1; as released
+    interpolation: InterpolationMode = InterpolationMode.BICUBIC
+    resize: float = 256 / 224  # the shorter side, before a centre crop of size 1
 
 
 # By layout, which a file of weights tells; TensorFlow's also have SAME padding and BN eps 1e-3.
-BICUBIC = dict(interpolation=InterpolationMode.BICUBIC, resize=256 / 224)
-INPUTS = {None: Inputs(), "timm": Inputs(**BICUBIC),
-          "tf_timm": Inputs((0.5,) * 3, (0.5,) * 3, **BICUBIC),
-          "tensorflow": Inputs((127 / 255,) * 3, (128 / 255,) * 3, **BICUBIC)}
+INPUTS = {None: Inputs(interpolation=InterpolationMode.BILINEAR, resize=248 / 224),  # as released
+          "timm": Inputs(), "tf_timm": Inputs((0.5,) * 3, (0.5,) * 3),
+          "tensorflow": Inputs((127 / 255,) * 3, (128 / 255,) * 3)}
 
 
 def inputs_of(name: str, layout: str | None) -> Inputs:
@@ -798,7 +796,8 @@ def read_weights(path: str, name: str) -> tuple[dict, str | None, list[str] | No
                 kind = getattr(t, "dtype", type(t).__name__)
                 raise UserError(f"--weights {path}: {key} ({kind}) is not all finite numbers of "
                                 "16 bits or more; float weights are needed")
-    layout = "DEFAULT" if path == "DEFAULT" else ours.get("layout", STEMS.get(next(iter(state), "")))
+    layout = "DEFAULT" if path == "DEFAULT" else STEMS.get(next(iter(state), ""))
+    layout = ours.get("layout", layout)
     if layout == "timm" and "tf_" in Path(path).name:
         layout = "tf_timm"
     if layout in LAYOUTS:
@@ -1156,13 +1155,6 @@ def benchmark(args: argparse.Namespace) -> None:
 
 # --- Command line ---------------------------------------------------------------------------------
 
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, without the usage."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}\n")
-
-
 def number(kind, low: float, high: float):
     """An argparse type: a finite number between low and high, both included."""
     def convert(text: str):
@@ -1177,8 +1169,9 @@ def number(kind, low: float, high: float):
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments. Those that choose a recipe are read first; it gives the others' defaults."""
     argv = sys.argv[1:] if argv is None else argv
-    p = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.error = lambda said: p.exit(2, f"{p.prog}: {said.removeprefix('argument ')}\n")  # one line
     training_flags(p.add_argument)
     place_flags(p.add_argument)
     args = p.parse_args([word for word in argv if word not in ("-h", "--help")])
@@ -1231,7 +1224,7 @@ def training_flags(add) -> None:
         "the float network as well; --benchmark: steps a method, None = 10; --analyze: of "
         "AdaRound, None = 1000 (paper 10000)")
     add("--batch-size", type=number(int, 1, 65536), help="images a step and process")
-    add("--accumulate", type=number(int, 1, 65536), default=1, help="parts of a batch")
+    add("--accumulate", type=number(int, 1, 65536), default=1, help="parts of a batch, in turn")
     add("--lr", type=rate, help="learning rate of the weights")
     add("--lr-floor", type=share, help="share of --lr at which its cosine ends")
     add("--scale-lr", type=rate, help="Adam's learning rate of the scales")
@@ -1256,7 +1249,7 @@ def place_flags(add) -> None:
     add("--compile", action="store_true", help="torch.compile")
     add("--output", metavar="DIR", help="results; None = runs/NETWORK-METHOD-...")
     add("--resume", action="store_true", help="go on from last.pt in --output, if there is one")
-    add("--checkpoint-every", type=number(int, 1, 10**9), default=1000, help="so many steps")
+    add("--checkpoint-every", type=number(int, 1, 10**9), default=1000, help="number of steps")
     add("--evaluate", metavar="CHECKPOINT", help="score a checkpoint, with its own flags but for "
         "--data, --device, --workers, and exit")
     add("--export", metavar="FILE.onnx", help="--evaluate: also write the network as ONNX")
