@@ -216,9 +216,8 @@ def finish_epoch(run: "Run", epoch: int) -> None:
     steps = run.step - (epoch - 1) * run.epoch_steps
     row = {"epoch": epoch, "step": run.step, "lr": lr, "lambda": lambda_,
            "freeze_threshold": freeze_threshold, "loss": run.loss_sum / steps if epoch else None,
-           "pre_bn_top1": pre[0], "post_bn_top1": post[0],
-           "pre_bn_loss": pre[1], "post_bn_loss": post[1],
-           "oscillating": 100 * run.tracker.oscillating(),
+           "pre_bn_top1": pre[0], "post_bn_top1": post[0], "pre_bn_loss": pre[1],
+           "post_bn_loss": post[1], "oscillating": 100 * run.tracker.oscillating(),
            "frozen": 100 * run.tracker.frozen_share()}
     run.rows, run.loss_sum = [*run.rows, row], 0.0
     unreadable = int(run.train_set.unreadable.sum() + run.val_set.unreadable.sum())
@@ -299,12 +298,7 @@ PROGRESS = ("step", "loss_sum", "rows", "fp32_top1")  # of a Run; all else follo
 
 
 class Run:
-    """A network in training, and how far it has come.
-
-    Args:
-        args: the command line; of a checkpoint, its own.
-        checkpoint: None builds the float network of --weights.
-    """
+    """A network in training, of --weights or of a checkpoint, and how far it has come."""
 
     def __init__(self, args: argparse.Namespace, checkpoint: dict | None = None):
         self.args, self.signalled, self.stopping, self.begun = args, False, False, time.time()
@@ -814,10 +808,7 @@ OURS = {"arguments", "layout", "facts", "model", "optimizers"}  # what a checkpo
 
 
 def read_file(path: str | Path, flag: str) -> dict:
-    """A file that torch.save wrote, as tensors and plain values only: nothing in it is executed.
-
-    But for --weights, it has to be a checkpoint of ours.
-    """
+    """What torch.save wrote; nothing in it is executed. But for --weights, a checkpoint of ours."""
     with blame(f"{flag} {path}: cannot be read as weights", Exception), \
             torch.serialization.safe_globals([argparse.Namespace]):  # in torchvision's own files
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -976,9 +967,9 @@ def read_summary(folder: str | Path) -> dict:
         return {key: summary[key] for key in SHOWN} | {"setting": setting}
 
 
-def print_summaries(summaries: list[dict]) -> None:
+def summarize(args: argparse.Namespace) -> None:
     """A table of finished runs; those of one setting share a row: mean and standard deviation."""
-    groups: dict[str, list[dict]] = {}
+    summaries, groups = [read_summary(folder) for folder in args.summarize], {}
     for summary in summaries:
         groups.setdefault(json.dumps(summary["setting"]), []).append(summary)
     varied = [key for key in summaries[0]["setting"]
@@ -991,23 +982,19 @@ def print_summaries(summaries: list[dict]) -> None:
                      for key, title in SHOWN.items() if title}} for group in groups.values()])
 
 
-def summarize(args: argparse.Namespace) -> None:
-    """Mean and standard deviation of finished runs over their seeds."""
-    print_summaries([read_summary(folder) for folder in args.summarize])
-
-
-def compare(args: argparse.Namespace) -> None:
-    """The finished runs beside this one, of the same network, data, bits and seed."""
-    def alike(summary: dict) -> list:
+def compare(output: str) -> None:
+    """Summarizes the finished runs beside this one, of the same network, data, bits and seed."""
+    def facts(folder: Path) -> list:
+        summary = read_summary(folder)
         keys = ("model", "weight_bits", "act_bits", "seed")
         return [summary["setting"].get("data"), *(summary[key] for key in keys)]
 
-    here, beside = Path(args.output).resolve(), []
+    here, alike = Path(output).resolve(), []
+    own = facts(here)
     for folder in sorted({p.resolve().parent for p in here.parent.glob("*/summary.json")}):
         with suppress(UserError):  # of another program
-            beside.append(read_summary(folder))
-    own = alike(read_summary(here))
-    print_summaries([other for other in beside if alike(other) == own])
+            alike += [folder] if facts(folder) == own else []
+    summarize(argparse.Namespace(summarize=alike))
 
 
 def analyze(args: argparse.Namespace) -> None:
@@ -1292,7 +1279,7 @@ def main(argv: list[str] | None = None) -> int:
                 train(job, wait=True)  # for another command's, where two are started together
             mode(args)
         if mode is train and rank() == 0:
-            compare(args)
+            compare(args.output)
         return 0
     except (UserError, OSError, KeyboardInterrupt) as error:
         message = str(error) or "stopped by a signal"
