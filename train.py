@@ -552,8 +552,7 @@ class Pictures(Dataset):
         self.args, self.part, self.epoch = args, part, 0
         with blame(f"--data {args.data}: expected {part}/CLASS/*.jpg below it", OSError):
             root = Path(args.data, part).resolve()
-            folders = sorted(path for path in root.iterdir()
-                             if path.is_dir() and path.name[0] != ".")
+            folders = sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
             self.classes = [path.name for path in folders]
             # Links lead to no other class, nor back up.
             seen = {str(path) for path in (root, *root.parents, *map(Path.resolve, folders))}
@@ -721,13 +720,8 @@ def build_model(name: str, num_classes: int = 1000, weights: str | None = None,
                 width: float | None = None, classes: list[str] | None = None) -> nn.Module:
     """The float network, with weights; UserError where they cannot be had, read or fitted.
 
-    Args:
-        name: one of MODELS.
-        num_classes: outputs of the head; weights for other classes get a fresh head.
-        weights: None (random), "DEFAULT" (torchvision's download), or a file: a state dict, plain
-            or under "state_dict" or "model"; also one of LAYOUTS.
-        width: of the networks in WIDTHS; None = their own.
-        classes: names of the classes, where they are known.
+    weights: None (random), "DEFAULT" (torchvision's download), or a file: a state dict, plain or
+    under "state_dict" or "model"; also one of LAYOUTS. Those for other classes get a fresh head.
     """
     if weights is None:
         return build_network(name, num_classes, width, None)
@@ -802,8 +796,7 @@ def read_weights(path: str, name: str) -> tuple[dict, str | None, list[str] | No
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 # Flags that say where and how to run, not what is trained: they may differ on --resume.
-PLACE = {"data", "output", "resume", "workers", "device", "checkpoint_every", "evaluate", "export",
-         "analyze", "layer", "plot", "benchmark", "summarize"}
+PLACE = {"data", "output", "resume", "workers", "device", "checkpoint_every"}
 OURS = {"arguments", "layout", "facts", "model", "optimizers"}  # what a checkpoint has, and more
 
 
@@ -961,9 +954,8 @@ def read_summary(folder: str | Path) -> dict:
                OSError, ValueError, LookupError, TypeError):
         summary = json.loads(Path(folder, "summary.json").read_text())
         seed = f"seed{summary['seed']}"  # weights of the same name but for the seed are alike
-        setting = {key: str(value).replace(seed, "seed*")
-                   for key, value in summary["arguments"].items()
-                   if key == "data" or key not in {"seed", *PLACE}}
+        setting = {key: str(value).replace(seed, "seed*") for key, value
+                   in summary["arguments"].items() if key not in {"seed", *PLACE} - {"data"}}
         return {key: summary[key] for key in SHOWN} | {"setting": setting}
 
 
