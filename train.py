@@ -895,10 +895,9 @@ def write_summary(run: Run) -> None:
 def stored_run(path: str, flag: str, args: argparse.Namespace) -> Run:
     """The run of a checkpoint, on the data and device of this command line."""
     checkpoint = read_file(path, flag)
-    there = checkpoint["arguments"]
-    here = {"device": args.device, "workers": args.workers, "compile": False, "output": path,
-            "data": args.data or there["data"]}
-    run = Run(argparse.Namespace(**{**there, **here}), checkpoint)
+    here = {"device": args.device, "workers": args.workers, "compile": False, "output": path}
+    here |= {"data": args.data} if args.data else {}
+    run = Run(argparse.Namespace(**checkpoint["arguments"] | here), checkpoint)
     run.start(checkpoint)
     return run
 
@@ -1014,8 +1013,7 @@ def table1(run: Run) -> list[dict]:
                 if module.groups > 1 else "pointwise" if module.kernel_size == (1, 1) else "full"
         kinds[name] = kind  # of the convolution before it
     with run.autocast():
-        batches = islice(run.batches("bn"), run.args.bn_batches)
-        divergence = bn_kl_divergence(run.model, batches)
+        divergence = bn_kl_divergence(run.model, islice(run.batches("bn"), run.args.bn_batches))
     for kind in sorted({kinds[name] for name in divergence}):
         divergence[f"all {kind}"] = torch.cat([d for name, d in divergence.items()
                                                if kinds.get(name) == kind])
@@ -1159,7 +1157,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.set_defaults(model=args.model, act_bits=args.bits, width=WIDTHS.get(args.model, 1.0),
                    **recipe(args))
     args = p.parse_args(argv)
-    check_together(args, p.error)
+    if args.width != 1 and args.model not in WIDTHS:
+        p.error(f"--width: {args.model} has no width multiplier; leave it out")
+    if args.batch_size // args.accumulate < 2:
+        p.error("--batch-size, --accumulate: batch norm needs at least 2 images a forward pass")
+    if args.export and not args.export.endswith(".onnx"):
+        p.error("--export: writes ONNX; give FILE.onnx")
+    for flag, mode in (("export", "evaluate"), ("plot", "analyze"), ("layer", "analyze")):
+        if getattr(args, flag) and not getattr(args, mode):
+            p.error(f"--{flag}: goes with --{mode} CHECKPOINT")
     parts = [Path(args.data).resolve().name] if args.data else []
     parts += [args.model, args.method, f"x{args.width:g}" if args.model in WIDTHS else "",
               f"{args.image_size}px", f"w{args.bits}a{args.act_bits}" * (args.method != "fp32"),
@@ -1168,19 +1174,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.data and args.method != "fp32":
         args.weights = args.weights or "DEFAULT"
     return args
-
-
-def check_together(args: argparse.Namespace, error) -> None:
-    """Flags that are good alone and wrong together."""
-    if args.width != 1 and args.model not in WIDTHS:
-        error(f"--width: {args.model} has no width multiplier; leave it out")
-    if args.batch_size // args.accumulate < 2:
-        error("--batch-size, --accumulate: batch norm needs at least 2 images a forward pass")
-    if args.export and not args.export.endswith(".onnx"):
-        error("--export: writes ONNX; give FILE.onnx")
-    for flag, mode in (("export", "evaluate"), ("plot", "analyze"), ("layer", "analyze")):
-        if getattr(args, flag) and not getattr(args, mode):
-            error(f"--{flag}: goes with --{mode} CHECKPOINT")
 
 
 def training_flags(add) -> None:
