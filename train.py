@@ -641,9 +641,8 @@ def inputs_of(name: str, layout: str | None) -> Inputs:
     """The row of INPUTS; for layout "DEFAULT" what torchvision publishes with its weights."""
     if layout != "DEFAULT":
         return INPUTS[layout]
-    preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
-    return Inputs(preset.mean, preset.std, preset.interpolation,
-                  preset.resize_size[0] / preset.crop_size[0])
+    p = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    return Inputs(p.mean, p.std, p.interpolation, p.resize_size[0] / p.crop_size[0])
 
 
 class SamePad(nn.Module):
@@ -728,8 +727,11 @@ def build_model(name: str, num_classes: int = 1000, weights: str | None = None,
     state, layout, theirs = read_weights(weights, name)
     model = build_network(name, num_classes, width, layout)
     own = {key: t for key, t in model.state_dict().items() if not key.endswith("batches_tracked")}
-    if next(iter(state), "") in STEMS:
-        state = rename_by_order(state, own)
+    kinds = [[key.rpartition(".")[2] for key in each] for each in (own, state)]
+    if next(iter(state), "") in STEMS and kinds[0] == kinds[1]:
+        # timm's MobileNetV3 has a 1x1 convolution where torchvision has a linear layer.
+        state = {key: t.flatten(1) if own[key].dim() == 2 else t
+                 for key, t in zip(own, state.values())}
     if unknown := [key for key in state if key not in own]:
         raise UserError(f"--weights {weights}: tensors differ from the network's, which has no "
                         f"{', '.join(unknown[:3])}")
@@ -743,15 +745,6 @@ def build_model(name: str, num_classes: int = 1000, weights: str | None = None,
     with blame(f"--weights {weights}: tensors differ from the network's", RuntimeError):
         model.load_state_dict(state)  # BN fills in its counters
     return model
-
-
-def rename_by_order(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors with other names under the network's, if they are of the same kinds in order."""
-    kinds, theirs = ([key.rpartition(".")[2] for key in each] for each in (own, state))
-    if kinds != theirs:
-        return state
-    # timm's MobileNetV3 has a 1x1 convolution where torchvision has a linear layer.
-    return {key: t.flatten(1) if own[key].dim() == 2 else t for key, t in zip(own, state.values())}
 
 
 def download(name: str) -> dict[str, Tensor]:
@@ -990,15 +983,15 @@ def compare(output: str) -> None:
 
 def analyze(args: argparse.Namespace) -> None:
     """Figures 2 to 4 of all checkpoints, Table 1 and Table 3 of the first."""
-    loaded = [stored_run(path, "--analyze", args) for path in args.analyze]
+    load = partial(stored_run, flag="--analyze", args=args)
     runs = {f"{number} {run.args.method} w{run.args.bits}a{run.args.act_bits}": run
-            for number, run in enumerate(loaded, 1)}
+            for number, run in enumerate(map(load, args.analyze), 1)}
+    title, *titles = runs
     layer = figures(runs, args.layer)
     print("\nTable 1: KL divergence of BN statistics")
-    print_table(table1(loaded[0]))
+    print_table(table1(runs[title]))
     print("\nTable 3: BN re-estimated each time")
-    title, *titles = runs
-    rows = table3(stored_run(args.analyze[0], "--analyze", args), title, args.steps or 1000)
+    rows = table3(load(args.analyze[0]), title, args.steps or 1000)  # which trains it on
     print_table([*rows, *(table3_row(title, [score(runs[title])]) for title in titles)])
     if args.plot:
         plot_figures(args.plot, layer, runs)
@@ -1110,7 +1103,7 @@ def plot_figures(path: str, name: str, runs: dict[str, Run]) -> None:
 
 def benchmark(args: argparse.Namespace) -> None:
     """Time of a step of all methods, in turn within one run, from random weights."""
-    runs, times = {}, {}
+    runs = {}
     for method in ("fp32", "lsq", "dampen", "freeze"):
         run = Run(argparse.Namespace(**{**vars(args), "method": method, "bn_batches": 1}))
         run.start()
@@ -1118,14 +1111,14 @@ def benchmark(args: argparse.Namespace) -> None:
             run.tracker = OscillationTracker(run.model, max_bits=0)
         run.total, run.step = 10**6, 5 * 10**5  # halfway: dampening and freezing are on
         run.wrapped_model.train()
-        runs[method], times[method] = run, []
+        runs[method] = run, []
     images, labels = next(run.batches(0))
     for _ in tqdm(range((args.steps or 10) + 2), "benchmark", disable=None):
-        for method, run in runs.items():
+        for run, times in runs.values():
             begun = time.perf_counter()
             train_step(run, images, labels)  # its loss is read: a GPU has finished
-            times[method].append(1000 * (time.perf_counter() - begun))
-    medians = {method: median(each[2:]) for method, each in times.items()}  # two to warm up
+            times.append(1000 * (time.perf_counter() - begun))
+    medians = {method: median(times[2:]) for method, (_, times) in runs.items()}  # 2 to warm up
     print_table([{"method": method, "step ms": each, "/ FP32": each / medians["fp32"],
                   "/ LSQ": each / medians["lsq"]} for method, each in medians.items()])
 
