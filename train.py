@@ -38,6 +38,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import count, islice
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import NamedTuple
@@ -204,7 +205,7 @@ def reestimate(run: "Run") -> None:
 def finish_epoch(run: "Run", epoch: int) -> None:
     """A row of log.csv: scores before and after BN re-estimation. Training keeps BN's own state."""
     own = run.average_bn()
-    pre, post = (None, None), (None, None)
+    pre = post = (None, None)
     is_float, at_end = run.args.method == "fp32", run.step == run.total
     if at_end or run.args.data or not is_float:  # the float weights of the patterns: at their end
         pre = validate(run)
@@ -612,8 +613,7 @@ SHORT_MODELS = ("mobilenet_v2_short", "resnet_short")
 MODELS = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_lite0",
           "resnet18", *SHORT_MODELS)
 WIDTHS = {"mobilenet_v2": 1.0, "mobilenet_v2_short": 0.5}  # networks with a width multiplier
-# EfficientNet-Lite0 is B0 without squeeze-excite and with ReLU6. A row: expansion, kernel, stride,
-# in, out, blocks.
+# B0 without squeeze-excite, with ReLU6. A row: expansion, kernel, stride, in, out, blocks.
 LITE0 = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3),
          (6, 5, 1, 80, 112, 3), (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1)]
 # Published files whose tensors have other names, but the same kinds in the same order.
@@ -936,8 +936,7 @@ SHOWN = {"model": "", "method": "", "weight_bits": "", "act_bits": "", "seed": "
 
 def mean_std(values: list[float], digits: int = 2) -> str:
     """The mean, and where there are several values, their standard deviation."""
-    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{spread}"
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if values[1:] else "")
 
 
 def read_summary(folder: str | Path) -> dict:
@@ -948,7 +947,8 @@ def read_summary(folder: str | Path) -> dict:
         seed = f"seed{summary['seed']}"  # weights of the same name but for the seed are alike
         setting = {key: str(value).replace(seed, "seed*") for key, value
                    in summary["arguments"].items() if key not in {"seed", *PLACE} - {"data"}}
-        return {key: summary[key] for key in SHOWN} | {"setting": setting}
+        return {**{key: summary[key] for key in SHOWN}, "setting": setting,
+                "data": setting.get("data")}
 
 
 def summarize(args: argparse.Namespace) -> None:
@@ -968,16 +968,12 @@ def summarize(args: argparse.Namespace) -> None:
 
 def compare(output: str) -> None:
     """Summarizes the finished runs beside this one, of the same network, data, bits and seed."""
-    def facts(folder: Path) -> list:
-        summary = read_summary(folder)
-        keys = ("model", "weight_bits", "act_bits", "seed")
-        return [summary["setting"].get("data"), *(summary[key] for key in keys)]
-
     here, alike = Path(output).resolve(), []
-    own = facts(here)
+    facts = itemgetter("model", "data", "weight_bits", "act_bits", "seed")
+    own = facts(read_summary(here))
     for folder in sorted({p.resolve().parent for p in here.parent.glob("*/summary.json")}):
         with suppress(UserError):  # of another program
-            alike += [folder] if facts(folder) == own else []
+            alike += [folder] if facts(read_summary(folder)) == own else []
     summarize(argparse.Namespace(summarize=alike))
 
 
@@ -1066,8 +1062,8 @@ def figures(runs: dict[str, Run], name: str | None) -> str:
     depthwise = [name for name, layer in tracked.items() if getattr(layer, "groups", 1) > 1]
     name = name or [*tracked, *depthwise[:3], ""][-1]  # as in Figure 3
     if any(name not in run.tracker.layers for run in runs.values()):
-        raise UserError(f"--layer {name}: no weights of 4 bits or fewer in every run; there are "
-                        f"{', '.join(tracked) or 'none'}")
+        raise UserError(f"--analyze, --layer {name}: has no weights of 4 bits or fewer in every "
+                        f"checkpoint; there are {', '.join(tracked) or 'none'}")
     print(f"\nFigures 3 and 4: w_int - w / s of {name}, in percent of its weights")
     rows = [{"from": f"{k / 20 - 0.5:.2f}"} for k in range(20)]
     for title, run in runs.items():
