@@ -702,6 +702,8 @@ def resnet_short(num_classes: int) -> nn.Module:
 
 def build_network(name: str, num_classes: int, width: float | None, layout: str | None):
     """The float network with random weights; `model.layout` is the row of INPUTS that it needs."""
+    if name not in MODELS:
+        raise UserError(f"--model {name}: unknown; choose from {', '.join(MODELS)}")
     options = {"width_mult": width or WIDTHS[name]} if name in WIDTHS else {}
     own = {"efficientnet_lite0": partial(efficientnet_lite0, layout=layout),
            "mobilenet_v2_short": mobilenet_v2_short, "resnet_short": resnet_short}
