@@ -2727,7 +2727,7 @@ def test_every_readme_command_parses(file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "figures").mkdir()
     for script, flags in commands:
-        flags = flags.split("#")[0].replace("--help", "").split()
+        flags = re.sub(r"--help|--plot \S+\.(?:gif|png)$", "", flags.split("#")[0].strip()).split()
         (train if script == "train" else toy_oscillation).parse(flags)
 
 
