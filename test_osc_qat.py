@@ -1463,7 +1463,7 @@ def test_every_default_is_that_of_its_recipe(model, bits):
             assert defaults(data, method) == expected
         expected = (0.1, 4e-5, 90, 0.1, 0.01, *imagenet)
         if not data or model in train.SHORT_MODELS:
-            expected = (0.1, 4e-5, 5, *short, 0, 1e-4, 0.1, 0.005, 64, 24, bits)
+            expected = (0.1, 4e-5, 6, *short, 0, 1e-4, 0.1, 0.005, 64, 24, bits)
         assert defaults(data, "fp32") == expected
 
 

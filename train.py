@@ -88,7 +88,7 @@ FP32 = IMAGENET | dict(lr=0.1, weight_decay=4e-5)
 SHORT = dict(lr=0.05, weight_decay=2.5e-5, epochs=3, threshold=[0.03, 0.012], lambda_=[0.0, 0.3],
              lr_floor=0.1, scale_lr=1e-4, bn_momentum=0.02, osc_momentum=0.005, batch_size=64,
              image_size=24, min_crop=0.95)
-SHORT_FP32 = SHORT | dict(epochs=5, lr=0.1, lr_floor=0.0, weight_decay=4e-5, bn_momentum=0.1)
+SHORT_FP32 = SHORT | dict(epochs=6, lr=0.1, lr_floor=0.0, weight_decay=4e-5, bn_momentum=0.1)
 
 
 def recipe(args: argparse.Namespace) -> dict:
