@@ -2175,13 +2175,15 @@ def test_analysis_prints_tables_1_and_3_and_draws_figures_2_to_4(
     pytest.importorskip("matplotlib")
     plot, (output, _) = tmp_path / "figures.png", whole
     assert train.main(split("--analyze", output / "last.pt", output / "best.pt", "--steps 3",
-                            "--workers 0 --layer features.3.conv.1.0 --data", pictures,
-                            "--plot", plot)) == 0
+                            "--workers 0 --data", pictures, "--plot", plot)) == 0
     printed = capsys.readouterr().out
     for text in ("Table 1", "depthwise", "Table 3", "AdaRound, ", "3 steps", "Figures 3 and 4",
                  "features.3.conv.1.0", "-0.50"):
         assert text in printed
     assert plot.stat().st_size > 10_000
+    args = train.parse(split("--workers 0 --layer features.2.conv.1.0 --analyze x --data", pictures))
+    run = train.stored_run(output / "last.pt", "--analyze", args)
+    assert train.figures({"run": run}, args.layer) == "features.2.conv.1.0"
 
 
 def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(

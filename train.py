@@ -1062,7 +1062,7 @@ def figures(runs: dict[str, Run], name: str | None) -> str:
     """Figures 3 and 4 of one layer of all runs as a table; the name of the layer."""
     tracked = next(iter(runs.values())).tracker.layers
     depthwise = [name for name, layer in tracked.items() if getattr(layer, "groups", 1) > 1]
-    name = name or [*tracked, *depthwise[:3], ""][-1]  # as in Figure 3
+    name = name or ["", *tracked, *depthwise[:3]][-1]  # the third depthwise one, as in Figure 3
     if any(name not in run.tracker.layers for run in runs.values()):
         raise UserError(f"--analyze, --layer {name}: has no weights of 4 bits or fewer in every "
                         f"checkpoint; there are {', '.join(tracked) or 'none'}")
