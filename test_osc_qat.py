@@ -434,7 +434,7 @@ def test_what_cannot_be_quantized_is_refused_by_name(kind):
 def test_a_weight_of_two_layers_is_refused_by_name():
     """Algorithm 1: it would be tracked twice, and frozen at one layer's scale in both."""
     net = tied_net()
-    with pytest.raises(ValueError, match=r"1 \(Linear, shared weight\), 2 \(Linear, shared weight\)"):
+    with pytest.raises(ValueError, match=r"1 \(Linear, shared weight\), 2 \(Linear, shared"):
         quantize_model(net, 3)
     assert [type(layer) for layer in net] == 3 * [nn.Linear]
 
@@ -2181,7 +2181,8 @@ def test_analysis_prints_tables_1_and_3_and_draws_figures_2_to_4(
                  "features.3.conv.1.0", "-0.50"):
         assert text in printed
     assert plot.stat().st_size > 10_000
-    args = train.parse(split("--workers 0 --layer features.2.conv.1.0 --analyze x --data", pictures))
+    args = train.parse(split("--workers 0 --layer features.2.conv.1.0 --analyze x --data",
+                             pictures))
     run = train.stored_run(output / "last.pt", "--analyze", args)
     assert train.figures({"run": run}, args.layer) == "features.2.conv.1.0"
 
@@ -2623,7 +2624,7 @@ def test_a_bad_file_in_torchs_cache_is_named_to_be_deleted(content, tmp_path, mo
 def test_a_proxy_that_answers_rubbish_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("urllib.request.urlopen", partial(fail, http.client.BadStatusLine("?")))
-    with pytest.raises(train.UserError, match="--weights DEFAULT: cannot be had; delete .*, or give a file"):
+    with pytest.raises(train.UserError, match="DEFAULT: cannot be had; delete .*, or give a file"):
         train.build_model("resnet18", weights="DEFAULT")
 
 
