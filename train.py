@@ -1,6 +1,6 @@
 """Quantization-aware training (QAT) with and without oscillations, as one script.
 
-    python train.py --method freeze --bits 4         generated pictures, two minutes on a CPU
+    python train.py --method freeze --bits 4         generated pictures, some minutes on a CPU
     python train.py --method fp32 --data DIR         float training on your own pictures ...
     python train.py --method freeze --bits 3 --data DIR --weights runs/NAME/last.pt    ... then QAT
     torchrun --nproc_per_node=8 train.py --method dampen --bits 4 --data IMAGENET      several GPUs
@@ -60,7 +60,7 @@ from tqdm import tqdm
 
 from osc_qat import (ESTIMATORS, OscillationTracker, Quantizer, batch_norms, bn_kl_divergence,
                      calibrate, cosine_anneal, dampening_loss, export_onnx,
-                     optimize_oscillating_weights, quant_layers, quantize_model, reestimate_bn,
+                     optimize_oscillating_weights, quantize_model, reestimate_bn,
                      sample_oscillating_weights)
 
 # --- Recipes: what a flag is where the command line does not say ----------------------------------
@@ -1071,8 +1071,8 @@ def figures(runs: dict[str, Run], name: str | None) -> str:
     for title, run in runs.items():
         layer = run.tracker.layers[name]
         gap = (layer.weight_int() - layer.weight_u().detach()).cpu()
-        for row, count in zip(rows, torch.histc(gap, 20, -0.5, 0.5)):
-            row[title] = f"{count / gap.numel():.1%}"
+        for row, share in zip(rows, torch.histc(gap, 20, -0.5, 0.5)):
+            row[title] = f"{share / gap.numel():.1%}"
     print_table(rows)
     return name
 
