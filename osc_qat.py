@@ -170,10 +170,9 @@ class Quantizer(nn.Module):
     def repair(self) -> None:
         """Makes the scale positive, in place, whatever an optimizer step did to it.
 
-        Reflected rather than clamped in the graph: clamp passes no gradient below its bound, so the
-        scale would stick there. NaN and infinity stay, and make the loss NaN: hidden, they would
-        leave a dead layer. `.data`, since autograd must not take a repair for a change between
-        forward and backward.
+        Reflected, since a clamp in the graph passes no gradient below its bound: the scale would
+        stick. NaN and infinity stay and make the loss NaN; hidden, they would leave a dead layer.
+        `.data`: autograd must not take a repair for a change between forward and backward.
         """
         self.scale.data.abs_().clamp_(min=MIN_SCALE)
 
@@ -229,7 +228,6 @@ class Quantizer(nn.Module):
 
 
 # --- Section 4 (5 on arXiv), set-up: quantized layers and networks --------------------------------
-
 
 class QuantLayer:
     """What QuantConv2d and QuantLinear share: two quantizers, and the weights Algorithm 1 froze.
@@ -330,7 +328,7 @@ SWAPS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
 def quantize_model(model: nn.Module, weight_bits: int, act_bits: int | None = None,
                    first_last_bits: int = 8, per_channel: bool = False,
                    estimator: str = "ste") -> nn.Module:
-    """Swaps every Conv2d and Linear of a classifier for its quantized layer, in place.
+    """Swaps every Conv2d and Linear of a classifier for its quantized layer; returns the model.
 
     The inputs of all layers are quantized, squeeze-excite layers included, but for the first:
     Deviation: the image stays as it is, which has 8 bits already. Weights keep their values; their
@@ -343,8 +341,6 @@ def quantize_model(model: nn.Module, weight_bits: int, act_bits: int | None = No
         per_channel: one weight scale per output channel (inputs always have one scale).
         estimator: name in ESTIMATORS, of the weights. Inputs have the straight-through estimator:
             a factor per layer would multiply up through a network's depth.
-    Returns:
-        The same model.
     Raises:
         ValueError: where there is nothing to swap, an argument is out of range, or a layer cannot
             be quantized; the model is as it was.
@@ -449,7 +445,6 @@ def calibrate(model: nn.Module, batches: Iterable, samples: int = 2**15) -> None
 
 # --- Section 2.3.1 and Table 1: batch norm under oscillation --------------------------------------
 
-
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     """BN layers with running statistics, by name."""
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -546,7 +541,6 @@ def bn_kl_divergence(model: nn.Module, batches: Iterable) -> dict[str, Tensor]:
 
 
 # --- Section 3 (4 on arXiv), Eq. 4 and Algorithm 1: count oscillations, freeze what oscillates ----
-
 
 class OscillationTracker:
     """Oscillation frequency of every low-bit weight (Eq. 4), and iterative freezing (Algorithm 1).
@@ -684,7 +678,6 @@ class OscillationTracker:
 
 # --- Section 3 (4 on arXiv), Eq. 5: dampening, and the schedules of both cures --------------------
 
-
 def dampening_loss(model: nn.Module, reduction: str = "sum", max_bits: int = 4) -> Tensor:
     """Eq. 5 over the layers with at most `max_bits` weight bits: a scalar with gradient to w.
 
@@ -692,8 +685,8 @@ def dampening_loss(model: nn.Module, reduction: str = "sum", max_bits: int = 4) 
         model: from quantize_model.
         reduction: "sum", the squared Frobenius norm of Eq. 5, or the released code's "kernel_mean":
             summed over output channels, averaged over the rest of the kernel; else ValueError.
-            lambda is task loss per squared unit of w, for one of the two: Table 4's 1e-3 for "sum",
-            the released code's 0.1 for "kernel_mean".
+            lambda is task loss per squared unit of w: Table 4's 1e-3 is for "sum", the released
+            code's 0.1 for "kernel_mean".
         max_bits: Deviation: layers with more weight bits are left out; the released code dampens
             all, the first and the last too. On their fine grids there is little to pull.
     """
@@ -730,7 +723,6 @@ def cosine_anneal(start: float, end: float, progress: float, warmup: float = 0.2
 
 # --- Section 2.3.2 and Table 3: what the oscillating weights cost (last, as it needs the tracker) -
 
-
 @torch.no_grad()
 def sample_oscillating_weights(model: nn.Module, tracker: OscillationTracker,
                                generator: torch.Generator | None = None,
@@ -738,20 +730,17 @@ def sample_oscillating_weights(model: nn.Module, tracker: OscillationTracker,
     """Rounds the oscillating weights at random, in place: the stochastic rounding of Table 3.
 
     A weight that oscillates between two integers takes the upper one with probability p(w_up), its
-    share of time there. The tracker stays as it was, so that one can sample again.
+    share of time there. The tracker stays as it was, to sample again. Returns their number.
 
     Args:
         model: the tracker's, or a copy of it.
         tracker, threshold: tell which weights oscillate and where, see oscillating_masks.
         generator: of the random numbers, on the CPU.
-    Returns:
-        The number of weights sampled.
     """
     ema = tracker.mean_integers()
     masks = tracker.oscillating_masks(threshold)
     for name, mask in masks.items():
-        # p(w_up) = EMA(w_int) - floor(EMA(w_int))
-        lower = ema[name].floor()
+        lower = ema[name].floor()  # p(w_up) = EMA(w_int) - floor(EMA(w_int))
         upper = torch.rand(mask.shape, generator=generator).to(mask.device) < ema[name] - lower
         model.get_submodule(name).place(mask, lower + upper)
     return sum(mask.sum().item() for mask in masks.values())
@@ -764,7 +753,7 @@ def optimize_oscillating_weights(model: nn.Module, tracker: OscillationTracker, 
 
     Each choice between two integers is relaxed to h in 0..1 (Nagel et al. 2020) and descends the
     task loss plus a regulariser that drives h to 0 or 1; all else is constant. BN normalises by the
-    batch meanwhile; re-estimate it after. Paper silent on lr and regularizer.
+    batch meanwhile; re-estimate it after. Returns their number. Paper silent on lr, regularizer.
 
     Args:
         model, tracker, threshold: as for sample_oscillating_weights.
@@ -773,18 +762,14 @@ def optimize_oscillating_weights(model: nn.Module, tracker: OscillationTracker, 
         steps: iterations; paper: 10,000.
         lr: of Adam, for the logits of h.
         regularizer: weight of the regulariser's mean over the choices, off in the first fifth.
-    Returns:
-        The number of weights chosen.
     """
-    masks = {name: mask for name, mask in tracker.oscillating_masks(threshold).items()
-             if mask.any()}
+    masks = {name: m for name, m in tracker.oscillating_masks(threshold).items() if m.any()}
     if not masks:
         return 0
     # h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1), started at h = p(w_up)               AdaRound, Eq. 23
     ema = tracker.mean_integers()
     lower = {name: ema[name].floor() for name in masks}
-    v = {name: torch.logit((ema[name] - lower[name] + 0.1) / 1.2).requires_grad_()
-         for name in masks}
+    v = {key: torch.logit((ema[key] - lower[key] + 0.1) / 1.2).requires_grad_() for key in masks}
     optimizer = torch.optim.Adam(v.values(), lr)
     device, step, h = next(model.parameters()).device, -1, {}
 
@@ -815,7 +800,6 @@ def optimize_oscillating_weights(model: nn.Module, tracker: OscillationTracker, 
 
 
 # --- Beyond the paper: a network for other runtimes -----------------------------------------------
-
 
 class OnnxNode(torch.autograd.Function):
     """An operator of ONNX, by its name there; it only holds a place while torch traces."""

@@ -48,6 +48,10 @@ GRIDS = pytest.mark.parametrize("bits, signed", [(b, sign) for b in range(2, 9) 
 PER_CHANNEL = pytest.mark.parametrize("per_channel", [False, True])
 
 
+# The networks here are small: a second thread waits more than it works. Child processes inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).parent
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -339,8 +343,17 @@ CLASSIFIERS = {"mobilenet_v2": {"width_mult": 0.35}, "mobilenet_v3_small": {}, "
                "squeezenet1_0": {}, "efficientnet_b0": {}, "shufflenet_v2_x0_5": {}}
 
 
+@pytest.fixture
+def no_search(monkeypatch):
+    """Scales that cover all values: the search for better ones has tests of its own."""
+    def initialize(self, x):
+        self.scale.data.fill_(x.abs().max().clamp(min=1e-3) / self.int_max)
+
+    monkeypatch.setattr(Quantizer, "initialize", initialize)
+
+
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_every_layer_of_a_classifier_is_quantized_but_the_image_is_not(name):
+def test_every_layer_of_a_classifier_is_quantized_but_the_image_is_not(name, no_search):
     """Section 4: first and last weights 8 bit, the inputs of all other layers too, SE included."""
     model = torchvision.models.get_model(name, num_classes=10, **CLASSIFIERS[name])
     kinds = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
@@ -452,7 +465,7 @@ def test_a_quantized_layer_is_the_float_layer_on_quantized_weight_and_input(per_
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_small", "resnet18"])
-def test_calibration_decides_the_sign_of_each_input_from_real_batches(name):
+def test_calibration_decides_the_sign_of_each_input_from_real_batches(name, no_search):
     """Section 4: linear bottlenecks and h-swish have negative values, outputs of a ReLU none."""
     model = torchvision.models.get_model(name, num_classes=10, **CLASSIFIERS[name])
     quantize_model(model, 4, 4)
@@ -913,14 +926,13 @@ def test_binary_optimisation_finds_the_best_of_all_choices_together():
         upper = torch.tensor([choice >> k & 1 for k in range(8)])
         w_hat = torch.cat([s * (lower[:8] + upper), before.flatten()[8:]]).view(3, 4)
         losses.append(F.cross_entropy(F.linear(x, w_hat, layer.bias), labels).item())
-    for steps, words in ((400, None), (401, "401 steps need as many batches; there were 400")):
-        batches = [(x, labels)] * 400
+    for steps, words in ((400, None), (4, "4 steps need as many batches; there were 3")):
         if words:
             with pytest.raises(ValueError, match=words):
-                osc_qat.optimize_oscillating_weights(model, tracker, batches, steps)
+                osc_qat.optimize_oscillating_weights(model, tracker, [(x, labels)] * 3, steps)
         else:
             assert osc_qat.optimize_oscillating_weights(
-                model, tracker, batches, steps, lr=0.05) == 8
+                model, tracker, [(x, labels)] * steps, steps, lr=0.05) == 8
         loss = F.cross_entropy(model(x), labels).item()
         assert loss == pytest.approx(min(losses), rel=1e-5) and loss < sorted(losses)[1]
     assert_same(layer.weight_hat().flatten()[8:], before.flatten()[8:])
@@ -1074,9 +1086,9 @@ def assert_integers(onnx, content, model):
 
 
 @pytest.mark.parametrize("name, bits, act_bits, per_channel, size", [
-    ("mobilenet_v2", 4, 4, False, 32), ("mobilenet_v3_small", 8, 8, False, 64),
-    ("efficientnet_lite0", 3, 3, True, 32), ("tensorflow", 3, None, False, 33),
-    ("resnet18", 3, 3, False, 32), ("resnet18", 8, 8, True, 32)])
+    ("mobilenet_v2_short", 4, 4, False, 32), ("mobilenet_v3_small", 8, 8, False, 64),
+    ("tensorflow", 3, None, False, 33), ("resnet_short", 3, 3, True, 32),
+    ("resnet_short", 8, 8, True, 32), ("mobilenet_v2_short", 3, 3, False, 32)])
 def test_onnxruntime_computes_the_same_logits(onnx, name, bits, act_bits, per_channel, size):
     """Eq. 1 in another runtime, optimized or not, with as many images as one likes."""
     same_pad = name == "tensorflow"
@@ -1452,18 +1464,18 @@ def test_every_default_is_that_of_its_recipe(model, bits):
                 args.batch_size, args.image_size, args.act_bits)
 
     rows = {tuple(row.split()[:3]): tuple(map(float, row.split()[3:])) for row in PUBLISHED}
-    imagenet, short = (0, 0.1, 0, 1e-5, 0.1, 0.001, 128, 224, bits), (0.03, 0.012, 0, 0.3)
+    imagenet, short = (0, 0.1, 0, 1e-5, 0.1, 0.001, 128, 224, bits), (0.03, 0.008, 0, 0.3)
     own = model if model == "efficientnet_lite0" else "mobilenet_v2"
     for data in ("", "--data DIR"):
         for method in ("lsq", "dampen", "freeze"):
             cure = "dampen" if method == "dampen" else "freeze"
             expected = (*rows[own, cure, "3" if bits <= 3 else "4"], *imagenet)
             if not data or model in train.SHORT_MODELS:
-                expected = (0.05, 2.5e-5, 3, *short, 0.1, 1e-4, 0.02, 0.005, 64, 24, bits)
+                expected = (0.05, 2.5e-5, 3, *short, 0.1, 1e-4, 0.02, 0.005, 64, 20, bits)
             assert defaults(data, method) == expected
         expected = (0.1, 4e-5, 90, 0.1, 0.01, *imagenet)
         if not data or model in train.SHORT_MODELS:
-            expected = (0.1, 4e-5, 6, *short, 0, 1e-4, 0.1, 0.005, 64, 24, bits)
+            expected = (0.1, 4e-5, 4, *short, 0, 1e-4, 0.1, 0.005, 64, 20, bits)
         assert defaults(data, "fp32") == expected
 
 
@@ -1774,8 +1786,8 @@ def test_the_generated_patterns_are_the_same_in_every_process(fork, tmp_path):
     images, labels = train.generate_patterns("val", 100)
     process.join()
     assert_same([images, labels], list(torch.load(tmp_path / "patterns.pt", weights_only=True)))
-    assert images.shape == (100, 3, 24, 24) and images.std().item() == pytest.approx(1, abs=0.15)
-    assert labels.bincount().tolist() == [3] * 20 + [2] * 20
+    assert images.shape == (100, 3, 20, 20) and images.std().item() == pytest.approx(1, abs=0.15)
+    assert labels.bincount().tolist() == [10] * 10
     assert not torch.equal(images, train.generate_patterns("train", 100)[0])
 
 
@@ -1827,10 +1839,9 @@ def test_training_pictures_are_flipped_half_of_the_time_and_others_never(
         for part.epoch in range(100):
             if data:
                 image, _ = part[0]
-                flipped += image[..., 12:].mean().item() < image[..., :12].mean().item()
+                flipped += image[..., 10:].mean().item() < image[..., :10].mean().item()
             else:
-                image, pattern = part[0][0], part.tensors[0][0]
-                flipped += (image * pattern.flip(2)).sum() > (image * pattern).sum()
+                flipped += torch.equal(part[0][0], part.tensors[0][0].flip(2))
         assert low <= flipped <= high
 
 

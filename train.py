@@ -85,10 +85,10 @@ PUBLISHED = {
 FP32 = IMAGENET | dict(lr=0.1, weight_decay=4e-5)
 # The short networks, and all networks on the generated patterns: found by experiment, on seeds and
 # pictures of their own (figures/README.md). 10^3 steps need a shorter memory, so m is larger.
-SHORT = dict(lr=0.05, weight_decay=2.5e-5, epochs=3, threshold=[0.03, 0.012], lambda_=[0.0, 0.3],
+SHORT = dict(lr=0.05, weight_decay=2.5e-5, epochs=3, threshold=[0.03, 0.008], lambda_=[0.0, 0.3],
              lr_floor=0.1, scale_lr=1e-4, bn_momentum=0.02, osc_momentum=0.005, batch_size=64,
-             image_size=24, min_crop=0.95)
-SHORT_FP32 = SHORT | dict(epochs=6, lr=0.1, lr_floor=0.0, weight_decay=4e-5, bn_momentum=0.1)
+             image_size=20, min_crop=0.95)
+SHORT_FP32 = SHORT | dict(epochs=4, lr=0.1, lr_floor=0.0, weight_decay=4e-5, bn_momentum=0.1)
 
 
 def recipe(args: argparse.Namespace) -> dict:
@@ -448,12 +448,13 @@ def stop_on_signal(run: Run | None = None):
 
     The second signal, or PATIENCE seconds, end that at once too.
     """
-    main_thread = threading.current_thread() is threading.main_thread()  # Python allows no other
+    if threading.current_thread() is not threading.main_thread():  # Python allows no handlers
+        yield
+        return
     others, handlers = set(multiprocessing.active_children()), {}  # a notebook may have its own
 
-    def end_workers() -> None:  # DataLoader would wait 5 seconds for each one that hangs
-        if main_thread:  # its handler would raise
-            handlers.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
+    def end_workers() -> None:  # DataLoader would wait 5 s for each that hangs; its handler raises
+        handlers.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
         for child in set(multiprocessing.active_children()) - others:
             child.kill()
             child.join(1)
@@ -466,7 +467,7 @@ def stop_on_signal(run: Run | None = None):
             end_workers()
             raise KeyboardInterrupt
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM) if main_thread else ():
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         handlers[number] = signal.signal(number, on_signal)
     try:
         yield
@@ -489,45 +490,44 @@ def leave_signals_to_parent(worker: int) -> None:
 # --- Data: generated or read from a folder, an item is a function of seed, epoch and index --------
 
 @cache
-def generate_patterns(part: str, number: int, size: int = 24) -> tuple[Tensor, Tensor]:
-    """Images (number, 3, size, size), of about unit variance, and labels (number,), 0..39.
+def generate_patterns(part: str, number: int, size: int = 20) -> tuple[Tensor, Tensor]:
+    """Images (number, 3, size, size), of about unit variance, and labels (number,), 0..9.
 
     A blurred random pattern of the image's class, a weaker one of another class, each shifted and
     flipped, under noise with natural statistics: coarse fields are stronger than fine ones, gray is
     stronger than colour. Such images move a channel's mean together, as photographs do.
     """
     enlarge = partial(F.interpolate, size=(size, size), mode="bicubic")
-    patterns = enlarge(torch.randn(40, 3, 6, 6, generator=generator("patterns")))
+    patterns = enlarge(torch.randn(10, 3, 6, 6, generator=generator("patterns")))
     patterns /= patterns.std((1, 2, 3), keepdim=True)
-    g, labels, images = generator(part), torch.arange(number) % 40, 0.0
-    others = (labels + torch.randint(1, 40, (number,), generator=g)) % 40
+    g, labels = generator(part), torch.arange(number) % 10
+    images = 0.3 * torch.randn(number, 3, size, size, generator=g)
+    others = (labels + torch.randint(1, 10, (number,), generator=g)) % 10
     for shown, strength in ((labels, 1), (others, 0.6 * torch.rand(number, 1, 1, 1, generator=g))):
         shift = torch.randint(-(size // 6), size // 6 + 1, (2, number, 1), generator=g)
         flip = torch.rand(number, 1, generator=g) < 0.5
         rows, columns = (torch.arange(size) - shift) % size
         columns = torch.where(flip, size - 1 - columns, columns)
         placed = patterns[shown[:, None, None], :, rows[:, :, None], columns[:, None]]
-        images = images + strength * placed.movedim(3, 1)
-    for cells, strength in ((2, 1.5), (4, 1.05), (8, 0.75)):
+        images += strength * placed.movedim(3, 1)
+    for cells, strength in ((2, 2.1), (4, 1.5), (8, 1.0)):
         gray, colour = (torch.randn(number, n, cells, cells, generator=g) for n in (1, 3))
         images += strength * enlarge(gray + 0.4 * colour)
-    return images / 2.23, labels
+    return images / 2.95, labels
 
 
 class Patterns(TensorDataset):
-    """Generated pictures, ready in seconds; flips and white noise are drawn anew in every epoch."""
+    """Generated pictures, ready in seconds; flips are drawn anew in every epoch."""
 
     def __init__(self, args: argparse.Namespace, part: str):
         super().__init__(*generate_patterns(part, {"train": 16384, "val": 2048}[part]))
         self.args, self.part, self.epoch, self.unreadable = args, part, 0, torch.zeros(1)
-        self.classes = [f"pattern {k}" for k in range(40)]
+        self.classes = [f"pattern {k}" for k in range(10)]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Image (3, --image-size, --image-size) and label."""
         image, label = super().__getitem__(index)
-        drawn = (self.args.seed, self.epoch) if self.part == "train" else ()
-        g = generator(self.part, *drawn, index)
-        image = image + 0.3 * torch.randn(image.shape, generator=g)
+        g = generator(self.args.seed, self.epoch, index)
         if self.part == "train" and torch.rand(1, generator=g) < 0.5:
             image = image.flip(2)
         if self.args.image_size != image.shape[-1]:
@@ -673,7 +673,7 @@ def efficientnet_lite0(num_classes: int, layout: str | None) -> nn.Module:
         elif tensorflow and isinstance(module, nn.Conv2d) and module.stride == (2, 2):
             module.padding = (0, 0)
             parent = name.rpartition(".")[0]
-            layers = model.get_submodule(parent).named_children()
+            layers = model.get_submodule(parent).named_children()  # keep their names
             pad = ("pad", SamePad(module.kernel_size[0], 2))
             model.set_submodule(parent, nn.Sequential(OrderedDict([pad, *layers])))
     return model
