@@ -1045,8 +1045,8 @@ def table3(run: Run, name: str, steps: int) -> list[dict]:
         chosen = optimize_oscillating_weights(run.model, run.tracker, run.batches("choice"), steps)
     scores[f"AdaRound, {chosen} weights, {steps} steps"] = [score(run)]
     run.model.load_state_dict(trained)
-    list(repeat_last_steps(run, steps))
-    scores[f"its last {steps} steps once more"] = [score(run)]
+    more = len(list(repeat_last_steps(run, steps)))
+    scores[f"its last {more} steps once more"] = [score(run)]
     return [table3_row(name, each) for name, each in scores.items()]
 
 
@@ -1080,7 +1080,8 @@ def figures(runs: dict[str, Run], name: str | None) -> str:
 def plot_figures(path: str, name: str, runs: dict[str, Run]) -> None:
     """Figures 3, 4 and 2 in one picture, a row a run, which is trained on for it.
 
-    Deviation: Figure 2's iterations are the last thousand once more, so that no run keeps a trace.
+    Deviation: Figure 2's iterations are those of the run's last fifth, at most 1000, once more, so
+    that no run keeps a trace.
     """
     with blame("--plot: needs matplotlib; pip install matplotlib", ImportError):
         from matplotlib.figure import Figure
@@ -1092,9 +1093,11 @@ def plot_figures(path: str, name: str, runs: dict[str, Run]) -> None:
         row[0].set(title=f"{title}: {name}", xlabel="latent weight w / s")
         row[1].hist((layer.weight_int().flatten().cpu() - latent).numpy(), 40, range=(-0.5, 0.5))
         row[1].set(title="distance from the bin centre", xlabel="w_int - w / s")
-        trace = [layer.weight_int()[0].flatten().cpu() for _ in repeat_last_steps(run, 1000)]
+        channel = run.tracker.frequency()[name].flatten(1).sum(1).argmax()
+        trace = [layer.weight_int()[channel].flatten().cpu()
+                 for _ in repeat_last_steps(run, min(1000, run.total // 5))]
         row[2].plot(torch.stack(trace).numpy(), linewidth=0.7)
-        row[2].set(title="integers of the first channel", xlabel="iteration", ylabel="w_int")
+        row[2].set(title=f"integers of channel {channel}, which swings most", xlabel="iteration")
     with blame(f"--plot {path}: cannot be written", OSError, ValueError):
         figure.savefig(path)
 
