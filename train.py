@@ -1,6 +1,6 @@
 """Quantization-aware training (QAT) with and without oscillations, as one script.
 
-    python train.py --method freeze --bits 4         generated pictures, some minutes on a CPU
+    python train.py --method freeze --bits 4         generated pictures, a minute or two on a CPU
     python train.py --method fp32 --data DIR         float training on your own pictures ...
     python train.py --method freeze --bits 3 --data DIR --weights runs/NAME/last.pt    ... then QAT
     torchrun --nproc_per_node=8 train.py --method dampen --bits 4 --data IMAGENET      several GPUs
