@@ -730,7 +730,7 @@ def sample_oscillating_weights(model: nn.Module, tracker: OscillationTracker,
     """Rounds the oscillating weights at random, in place: the stochastic rounding of Table 3.
 
     A weight that oscillates between two integers takes the upper one with probability p(w_up), its
-    share of time there. The tracker stays as it was, to sample again. Returns their number.
+    share of time there. The tracker stays as it was, to sample again. Returns how many.
 
     Args:
         model: the tracker's, or a copy of it.
@@ -753,7 +753,7 @@ def optimize_oscillating_weights(model: nn.Module, tracker: OscillationTracker, 
 
     Each choice between two integers is relaxed to h in 0..1 (Nagel et al. 2020) and descends the
     task loss plus a regulariser that drives h to 0 or 1; all else is constant. BN normalises by the
-    batch meanwhile; re-estimate it after. Returns their number. Paper silent on lr, regularizer.
+    batch meanwhile; re-estimate it after. Returns how many. Paper silent on lr and regularizer.
 
     Args:
         model, tracker, threshold: as for sample_oscillating_weights.

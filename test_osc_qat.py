@@ -2182,16 +2182,19 @@ def whole(fork, pictures, fp32, tmp_path_factory):
 
 
 def test_analysis_prints_tables_1_and_3_and_draws_figures_2_to_4(
-        whole, pictures, tmp_path, capsys):
+        whole, pictures, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
-    plot, (output, _) = tmp_path / "figures.png", whole
+    plot, (output, _), repeated = tmp_path / "figures.png", whole, []
+    real, total = train.repeat_last_steps, read(output)[0]["step"]
+    monkeypatch.setattr(train, "repeat_last_steps",
+                        lambda run, steps: repeated.append(steps) or real(run, steps))
     assert train.main(split("--analyze", output / "last.pt", output / "best.pt", "--steps 3",
                             "--workers 0 --data", pictures, "--plot", plot)) == 0
     printed = capsys.readouterr().out
-    for text in ("Table 1", "depthwise", "Table 3", "AdaRound, ", "3 steps", "Figures 3 and 4",
-                 "features.3.conv.1.0", "-0.50"):
+    for text in ("Table 1", "depthwise", "Table 3", "AdaRound, ", "its last 3 steps once more",
+                 "Figures 3 and 4", "features.3.conv.1.0", "-0.50"):
         assert text in printed
-    assert plot.stat().st_size > 10_000
+    assert plot.stat().st_size > 10_000 and repeated == [3, total // 5, total // 5]
     args = train.parse(split("--workers 0 --layer features.2.conv.1.0 --analyze x --data",
                              pictures))
     run = train.stored_run(output / "last.pt", "--analyze", args)

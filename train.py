@@ -37,7 +37,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
-from itertools import count, islice
+from itertools import chain, count, islice
 from operator import itemgetter
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -453,7 +453,7 @@ def stop_on_signal(run: Run | None = None):
         return
     others, handlers = set(multiprocessing.active_children()), {}  # a notebook may have its own
 
-    def end_workers() -> None:  # DataLoader would wait 5 s for each that hangs; its handler raises
+    def end_workers() -> None:  # DataLoader would raise, and wait 5 s for each
         handlers.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
         for child in set(multiprocessing.active_children()) - others:
             child.kill()
@@ -527,9 +527,9 @@ class Patterns(TensorDataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Image (3, --image-size, --image-size) and label."""
         image, label = super().__getitem__(index)
-        g = generator(self.args.seed, self.epoch, index)
-        if self.part == "train" and torch.rand(1, generator=g) < 0.5:
-            image = image.flip(2)
+        if self.part == "train":
+            g = generator(self.args.seed, self.epoch, index)
+            image = image.flip(2) if torch.rand(1, generator=g) < 0.5 else image
         if self.args.image_size != image.shape[-1]:
             image = F.interpolate(image[None], self.args.image_size, mode="bilinear")[0]
         return image, label.item()
@@ -1094,8 +1094,8 @@ def plot_figures(path: str, name: str, runs: dict[str, Run]) -> None:
         row[1].hist((layer.weight_int().flatten().cpu() - latent).numpy(), 40, range=(-0.5, 0.5))
         row[1].set(title="distance from the bin centre", xlabel="w_int - w / s")
         channel = run.tracker.frequency()[name].flatten(1).sum(1).argmax()
-        trace = [layer.weight_int()[channel].flatten().cpu()
-                 for _ in repeat_last_steps(run, min(1000, run.total // 5))]
+        steps = chain("0", repeat_last_steps(run, min(1000, run.total // 5)))  # as it is, then on
+        trace = [layer.weight_int()[channel].flatten().cpu() for _ in steps]
         row[2].plot(torch.stack(trace).numpy(), linewidth=0.7)
         row[2].set(title=f"integers of channel {channel}, which swings most", xlabel="iteration")
     with blame(f"--plot {path}: cannot be written", OSError, ValueError):
