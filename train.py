@@ -49,9 +49,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
 from torchvision.models.resnet import BasicBlock
-from torchvision.ops import Conv2dNormActivation
+from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
 from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
@@ -79,7 +78,6 @@ PUBLISHED = {
     ("efficientnet_lite0", "freeze", 4): dict(lr=0.0033, weight_decay=1e-4, threshold=[0.1, 0.015]),
     ("efficientnet_lite0", "freeze", 3): dict(lr=0.01, weight_decay=5e-5, threshold=[0.1, 0.005]),
 }
-FP32 = IMAGENET | dict(lr=0.1, weight_decay=4e-5)
 # The short networks, and all networks on the generated patterns: found by experiment, on seeds and
 # pictures of their own (figures/README.md). 10^3 steps need a shorter memory, so m is larger.
 SHORT = dict(lr=0.05, weight_decay=2.5e-5, epochs=3, threshold=[0.03, 0.008], lambda_=[0.0, 0.3],
@@ -97,7 +95,7 @@ def recipe(args: argparse.Namespace) -> dict:
     if args.model in SHORT_MODELS or args.data is None and not args.benchmark:
         return SHORT_FP32 if args.method == "fp32" else SHORT
     if args.method == "fp32":
-        return FP32
+        return IMAGENET | dict(lr=0.1, weight_decay=4e-5)
     model = args.model if args.model == "efficientnet_lite0" else "mobilenet_v2"
     cure = "dampen" if args.method == "dampen" else "freeze"
     epochs = dict(epochs=50 if model == "efficientnet_lite0" else 90)
@@ -108,6 +106,7 @@ def recipe(args: argparse.Namespace) -> dict:
 
 UNREADABLE = -100  # the label of a picture that could not be read; cross_entropy leaves it out
 STOP = threading.Event()  # set by a signal, obeyed after the step
+STOPPED = "stopped by a signal", "the same command with --resume goes on"
 SCORES = ("pre_bn_top1", "post_bn_top1", "pre_bn_loss", "post_bn_loss")
 
 
@@ -142,7 +141,7 @@ def train_step(run: "Run", images: Tensor, labels: Tensor) -> float:
     told = torch.stack([task_loss / world_size(), task_loss.new_tensor(float(STOP.is_set()))])
     value, stop = over_ranks(told).tolist()
     if not math.isfinite(value):  # before the step
-        raise run.diverged(f"loss became {value}")
+        raise run.ended(f"loss became {value}", "try a smaller --lr")
     run.optimizers[0].param_groups[0]["lr"] = lr
     for optimizer in run.optimizers:
         optimizer.step()
@@ -169,7 +168,7 @@ def train_epoch(run: "Run", epoch: int) -> None:
         if run.stopping or run.step == last or run.step % run.args.checkpoint_every == 0:
             save_checkpoint(run, "last.pt")
         if run.stopping:
-            raise run.stopped()
+            raise run.ended(*STOPPED)
 
 
 @torch.no_grad()
@@ -189,7 +188,7 @@ def validate(run: "Run", batches=None) -> tuple[float, float]:
     sums[3] = float(STOP.is_set())
     correct, loss, seen, stop = over_ranks(sums).tolist()
     if stop:  # nothing is lost: train_epoch has saved
-        raise run.stopped()
+        raise run.ended(*STOPPED)
     if not seen:
         raise UserError(f"--data {run.args.data}: no validation picture is readable")
     return 100 * correct / seen, loss / seen
@@ -220,11 +219,10 @@ def finish_epoch(run: "Run", epoch: int) -> None:
     row = {"epoch": epoch, "step": run.step, "lr": lr, "lambda": lambda_,
            "freeze_threshold": freeze_threshold, "loss": run.loss_sum / steps if epoch else None,
            **scored, "oscillating": 100 * run.tracker.oscillating(),
-           "frozen": 100 * run.tracker.frozen_share()}
+           "frozen": 100 * run.tracker.frozen_share(),
+           "unreadable": int(run.train_set.unreadable.sum() + run.val_set.unreadable.sum())}
     run.rows, run.loss_sum = [*run.rows, row], 0.0
-    unreadable = int(run.train_set.unreadable.sum() + run.val_set.unreadable.sum())
-    print("  ".join(f"{key} {value:.4g}" for key, value in row.items() if value is not None)
-            + f"  unreadable pictures {unreadable}" * bool(unreadable))
+    print("  ".join(f"{key} {value:.4g}" for key, value in row.items() if value is not None))
     best = max(run.rows, key=lambda row: row["post_bn_top1"] or 0)
     save_checkpoint(run, *(["best.pt"] if best is row else []), "last.pt")  # last.pt ends the epoch
 
@@ -235,11 +233,10 @@ def train(args: argparse.Namespace, wait: bool = False) -> None:
         checkpoint = checkpoint_to_resume(args)
         run = Run(args, checkpoint)
         if checkpoint and checkpoint["facts"] != run.facts:
-            raise UserError(f"--resume {args.output}: other pictures there")
+            raise UserError(f"--output {args.output}: other pictures there; choose another folder")
         print(f"{args.method} {args.model} from {args.weights or 'random weights'}, step "
               f"{run.step} of {run.total}; data: "
               f"{args.data or 'the embedded set of generated patterns'}")
-        Path(args.output, "summary.json").unlink(missing_ok=True)  # no longer a finished run
         for epoch in range(len(run.rows), run.epochs):
             train_epoch(run, epoch)
             finish_epoch(run, epoch + 1)
@@ -306,8 +303,8 @@ class Run:
         self.train_set, self.val_set = (data(args, part) for part in ("train", "val"))
         classes = self.train_set.classes
         if len(classes) < 2 or classes != self.val_set.classes:
-            raise UserError(f"--data {args.data}: expected train/CLASS/*.jpg and val/CLASS/*.jpg of "
-                            "the same 2 or more classes, not "
+            raise UserError(f"--data {args.data}: expected train/CLASS/*.jpg, and val/CLASS/*.jpg "
+                            "of the same 2 or more classes, not of "
                             f"{len(classes)} and {len(self.val_set.classes)}")
         if checkpoint and classes != (there := checkpoint["facts"]["classes"]):
             raise UserError(f"{args.output}: was trained on other classes ({', '.join(there):.40} "
@@ -423,18 +420,11 @@ class Run:
         self.model.load_state_dict(state, strict=False)
         return state
 
-    def stopped(self) -> UserError:
-        """The one line of a run that a signal ended."""
-        return UserError(f"stopped by a signal at step {self.step} of {self.total}; the same "
-                         "command with --resume goes on with its training")
-
-    def diverged(self, what: str) -> UserError:
+    def ended(self, why: str, hint: str) -> UserError:
         """The one line of a run that cannot go on, with the first parameter that is to blame."""
         bad = next((f"; {name} is NaN or infinite" for name, p in self.model.named_parameters()
                     if not p.isfinite().all()), "")
-        kept = "; last.pt keeps the last checkpoint" * Path(self.args.output, "last.pt").exists()
-        at = f"after {self.step} of {self.total} steps"
-        return UserError(f"{what} {at}{bad}{kept}; try a smaller --lr")
+        return UserError(f"{why} after {self.step} of {self.total} steps{bad}; {hint}")
 
 
 # --- Data: generated or read from a folder, an item is a function of seed, epoch and index --------
@@ -556,9 +546,6 @@ SHORT_MODELS = ("mobilenet_v2_short", "resnet_short")
 MODELS = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_lite0",
           "resnet18", *SHORT_MODELS)
 WIDTHS = {"mobilenet_v2": 1.0, "mobilenet_v2_short": 0.5}  # networks with a width multiplier
-# B0 without squeeze-excite, with ReLU6. A row: expansion, kernel, stride, in, out, blocks.
-LITE0 = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3),
-         (6, 5, 1, 80, 112, 3), (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1)]
 # What the weights of a network expect of their pictures: mean and std in 0..1 units; the shorter
 # side, before a centre crop of size 1. eps is BN's.
 RELEASED = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear",
@@ -585,18 +572,20 @@ class SamePad(nn.Module):
 
 
 def efficientnet_lite0(num_classes: int, same_padding: bool) -> nn.Module:
-    """The network, of torchvision's blocks.
+    """torchvision's EfficientNet-B0 without squeeze-excite, with ReLU6.
 
     Paper silent on stochastic depth: off, as dropout is the one regulariser of all networks here.
     """
-    rows = [MBConvConfig(*row, block=partial(MBConv, se_layer=nn.Identity)) for row in LITE0]
-    model = EfficientNet(rows, dropout=0.2, stochastic_depth_prob=0.0, num_classes=num_classes)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.SiLU):
-            model.set_submodule(name, nn.ReLU6(inplace=True))
-        elif same_padding and isinstance(module, nn.Conv2d) and module.stride == (2, 2):
-            module.padding = (0, 0)
-            model.set_submodule(name, nn.Sequential(SamePad(module.kernel_size[0]), module))
+    model = torchvision.models.efficientnet_b0(num_classes=num_classes, stochastic_depth_prob=0.0)
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, SqueezeExcitation):
+                setattr(parent, name, nn.Identity())
+            elif isinstance(layer, nn.SiLU):
+                setattr(parent, name, nn.ReLU6(inplace=True))
+            elif same_padding and isinstance(layer, nn.Conv2d) and layer.stride == (2, 2):
+                layer.padding = (0, 0)
+                setattr(parent, name, nn.Sequential(SamePad(layer.kernel_size[0]), layer))
     return model
 
 
@@ -664,7 +653,8 @@ def fit_weights(model: nn.Module, state: dict[str, Tensor], source: str,
         print(f"{source}: does not name its 1000 classes, and the folders are not ImageNet's "
               "n01440764 ...: they may have another order", file=sys.stderr)
     head, bias = list(own)[-2:]
-    if len(state.get(head, own[head])) != len(own[head]) or theirs and classes not in (None, theirs):
+    others = theirs and classes not in (None, theirs)
+    if others or len(state.get(head, own[head])) != len(own[head]):
         print(f"{source}: are for other classes: the head starts afresh")
         state |= {key: own[key] for key in (head, bias)}
     with blame(f"{source}: tensors differ from the network's", RuntimeError):
@@ -698,12 +688,11 @@ def read_weights(path: str, name: str) -> tuple[dict, dict, list[str] | None]:
         state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): tensor for key, tensor
                  in content.get("state_dict", content.get("model", content)).items()
                  if not key.endswith("num_batches_tracked")}
-        for key, t in state.items():
-            if not (isinstance(t, Tensor) and t.is_floating_point() and t.itemsize > 1
-                    and t.isfinite().all()):
-                kind = getattr(t, "dtype", type(t).__name__)
-                raise UserError(f"--weights {path}: {key} ({kind}) is not all finite numbers of "
-                                "16 bits or more; float weights are needed")
+        bad = [key for key, t in state.items() if not (isinstance(t, Tensor) and t.itemsize > 1 and
+                                                       t.is_floating_point() and t.isfinite().all())]
+    if bad:
+        raise UserError(f"--weights {path}: float weights are needed; {bad[0]} is not all finite "
+                        "numbers of 16 bits or more")
     inputs = STEMS.get(next(iter(state), ""), RELEASED)
     if ours or path == "DEFAULT":
         inputs = content["inputs"]
@@ -749,7 +738,7 @@ def save_checkpoint(run: Run, *names: str) -> None:
     run.average_bn()
     state = run.model.state_dict()
     if not all(t.isfinite().all() for t in state.values() if t.is_floating_point()):
-        raise run.diverged("the network broke")
+        raise run.ended("the network broke", "try a smaller --lr")
     content = {"arguments": vars(run.args), "inputs": run.model.inputs, "facts": run.facts,
                "model": state, "tracker": run.tracker.state_dict(),
                "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
@@ -766,22 +755,21 @@ def save_checkpoint(run: Run, *names: str) -> None:
 
 
 def checkpoint_to_resume(args: argparse.Namespace) -> dict | None:
-    """What --resume goes on from, or None for a new run; refuses to spoil another run's folder."""
+    """What a run goes on from, also a finished one, or None; refuses another run's folder."""
     last = Path(args.output, "last.pt")
     if not last.exists():
         return None
     if not args.resume and not Path(args.output, "summary.json").exists():
         raise UserError(f"--output {args.output}: holds an unfinished run; add --resume to go on "
                         "with it, or choose another folder")
-    flag, free = ("--resume", PLACE) if args.resume else ("--output", PLACE - {"data"})
-    checkpoint = read_file(last, flag)
+    checkpoint = read_file(last, "--output")
     there = checkpoint["arguments"]
     differ = [f"--{key.strip('_').replace('_', '-')} {there.get(key)} there, {value} here"
-              for key, value in vars(args).items() if key not in free and there.get(key) != value]
+              for key, value in vars(args).items() if key not in PLACE and there.get(key) != value]
     if differ:
-        raise UserError(f"{flag} {last}: belongs to another command: {'; '.join(differ)}; choose "
-                        "another --output")
-    return checkpoint if args.resume else None  # the same command once more, from the start
+        raise UserError(f"--output {last}: belongs to another command: {'; '.join(differ)}; choose "
+                        "another folder")
+    return checkpoint
 
 
 @contextmanager
@@ -1064,8 +1052,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     embedded = args.data is None and not args.benchmark
     args.model = args.model or ("mobilenet_v2_short" if embedded else "mobilenet_v2")
     p.set_defaults(model=args.model, act_bits=args.bits, width=WIDTHS.get(args.model, 1.0),
-                   processes=int(os.environ.get("WORLD_SIZE", 1)), **recipe(args))
+                   weights="DEFAULT" if args.data and args.method != "fp32" else None,
+                   **recipe(args))
     args = p.parse_args(argv)
+    args.processes = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     if args.method == "fp32":
         args.bits = args.act_bits = 32
     if args.width != 1 and args.model not in WIDTHS:
@@ -1082,8 +1072,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
               f"{args.image_size}px", f"w{args.bits}a{args.act_bits}" * (args.method != "fp32"),
               f"{args.steps}steps" if args.steps else "", f"seed{args.seed}"]
     args.output = args.output or str(Path("runs", "-".join(filter(None, parts))))
-    if args.data and args.method != "fp32":
-        args.weights = args.weights or "DEFAULT"
     return args
 
 
@@ -1103,9 +1091,8 @@ def training_flags(add) -> None:
     add("--estimator", choices=tuple(ESTIMATORS), default="ste", help="gradient through rounding")
     add("--per-channel", action="store_true", help="a weight scale per output channel")
     add("--epochs", type=number(int, 0, 10000), help="0 = only score what --weights loads")
-    add("--steps", type=number(int, 1, 10**9), help="train so many steps in place of --epochs, "
-        "the float network as well; --benchmark: steps a method, None = 10; --analyze: of "
-        "AdaRound, None = 1000 (paper 10000)")
+    add("--steps", type=number(int, 1, 10**9), help="in place of --epochs; --benchmark: of each "
+        "method, None = 10; --analyze: of AdaRound, None = 1000 (paper 10000)")
     add("--batch-size", type=number(int, 1, 65536), help="images a step and process")
     add("--accumulate", type=number(int, 1, 65536), default=1, help="parts of a batch, in turn")
     add("--lr", type=rate, help="learning rate of the weights")
