@@ -1087,12 +1087,13 @@ def assert_integers(onnx, content, model):
 
 @pytest.mark.parametrize("name, bits, act_bits, per_channel, size", [
     ("mobilenet_v2_short", 4, 4, False, 32), ("mobilenet_v3_small", 8, 8, False, 64),
-    ("tensorflow", 3, None, False, 33), ("resnet_short", 3, 3, True, 32),
+    ("efficientnet_lite0", 3, None, False, 33), ("resnet_short", 3, 3, True, 32),
     ("resnet_short", 8, 8, True, 32), ("mobilenet_v2_short", 3, 3, False, 32)])
 def test_onnxruntime_computes_the_same_logits(onnx, name, bits, act_bits, per_channel, size):
     """Eq. 1 in another runtime, optimized or not, with as many images as one likes."""
-    same_pad = name == "tensorflow"
-    net = train.efficientnet_lite0(10, name) if same_pad else train.build_model(name, 10, width=.35)
+    same_pad = name == "efficientnet_lite0"
+    inputs = train.TENSORFLOW if same_pad else train.RELEASED
+    net = train.build_model(name, 10, width=0.7, inputs=inputs)
     batches = [torch.randn(16, 3, size, size) + 2 * torch.randn(16, 3, 1, 1) for _ in range(2)]
     reestimate_bn(net, batches)
     quantize_model(net, bits, act_bits, per_channel=per_channel)
@@ -1659,7 +1660,7 @@ def test_table_3_starts_each_row_from_the_trained_weights(tiny_run, monkeypatch)
     monkeypatch.setattr(train, "train_step", lambda run, *_: (
         steps.append(run.step), setattr(run, "step", run.step + 1)))
     run.tracker.f[::2] = 1  # oscillating
-    rows = train.table3(run, "trained", 3)
+    rows = train.table3(run, {"trained": run}, 3)
     for start in [*starts, dict(weights)]:
         assert_same(start, {name: trained[name] for name in weights})
     assert len(starts) == 11 and len(scored) == 14 and steps == [9, 10, 11]

@@ -545,7 +545,7 @@ def picture_transform(part: str, args: argparse.Namespace, inputs: dict):
 SHORT_MODELS = ("mobilenet_v2_short", "resnet_short")
 MODELS = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_lite0",
           "resnet18", *SHORT_MODELS)
-WIDTHS = {"mobilenet_v2": 1.0, "mobilenet_v2_short": 0.5}  # networks with a width multiplier
+WITH_WIDTH = ("mobilenet_v2", "mobilenet_v2_short")
 # What the weights of a network expect of their pictures: mean and std in 0..1 units; the shorter
 # side, before a centre crop of size 1. eps is BN's.
 RELEASED = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear",
@@ -590,9 +590,9 @@ def efficientnet_lite0(num_classes: int, same_padding: bool) -> nn.Module:
 
 
 def mobilenet_v2_short(num_classes: int, width_mult: float) -> nn.Module:
-    """MobileNetV2 in 23 layers; at width 0.5 it has about 50,000 parameters."""
+    """MobileNetV2 in 23 layers of half the width, about 50,000 parameters."""
     rows = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 2], [6, 64, 2, 2]]
-    model = torchvision.models.MobileNetV2(num_classes, width_mult, rows, dropout=0.0)
+    model = torchvision.models.MobileNetV2(num_classes, width_mult / 2, rows, dropout=0.0)
     narrow = partial(Conv2dNormActivation, kernel_size=1, activation_layer=nn.ReLU6)
     model.features[-1] = narrow(model.features[-1][0].in_channels, 256)
     model.classifier[-1] = nn.Linear(256, num_classes)
@@ -611,7 +611,7 @@ def resnet_short(num_classes: int) -> nn.Module:
 
 
 def build_model(name: str, num_classes: int = 1000, weights: str | None = None,
-                width: float | None = None, classes: list[str] | None = None,
+                width: float = 1.0, classes: list[str] | None = None,
                 inputs: dict = RELEASED) -> nn.Module:
     """The float network; UserError where weights cannot be had, read or fitted.
 
@@ -622,12 +622,12 @@ def build_model(name: str, num_classes: int = 1000, weights: str | None = None,
     state, theirs = None, None
     if weights:
         state, inputs, theirs = read_weights(weights, name)
-    options = {"width_mult": width or WIDTHS[name]} if name in WIDTHS else {}
+    options = {"width_mult": width} if name in WITH_WIDTH else {}
     build = partial(torchvision.models.get_model, name)
     if name == "efficientnet_lite0":
         build, options = efficientnet_lite0, {"same_padding": inputs.get("eps") == 1e-3}
     elif name in SHORT_MODELS:
-        build = mobilenet_v2_short if name in WIDTHS else resnet_short
+        build = mobilenet_v2_short if name in WITH_WIDTH else resnet_short
     model = build(num_classes=num_classes, **options)
     for bn in batch_norms(model).values():
         bn.eps = inputs.get("eps", bn.eps)
@@ -688,8 +688,9 @@ def read_weights(path: str, name: str) -> tuple[dict, dict, list[str] | None]:
         state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): tensor for key, tensor
                  in content.get("state_dict", content.get("model", content)).items()
                  if not key.endswith("num_batches_tracked")}
-        bad = [key for key, t in state.items() if not (isinstance(t, Tensor) and t.itemsize > 1 and
-                                                       t.is_floating_point() and t.isfinite().all())]
+        bad = [key for key, t in state.items()
+               if not (isinstance(t, Tensor) and t.is_floating_point() and t.itemsize > 1
+                       and t.isfinite().all())]
     if bad:
         raise UserError(f"--weights {path}: float weights are needed; {bad[0]} is not all finite "
                         "numbers of 16 bits or more")
@@ -888,13 +889,11 @@ def analyze(args: argparse.Namespace) -> None:
     load = partial(stored_run, flag="--analyze", args=args)
     runs = {f"{number} {run.args.method} w{run.args.bits}a{run.args.act_bits}": run
             for number, run in enumerate(map(load, args.analyze), 1)}
-    title, *titles = runs
     layer = figures(runs, args.layer)
     print("\nTable 1: KL divergence of BN statistics")
-    print_table(table1(runs[title]))
+    print_table(table1(next(iter(runs.values()))))
     print("\nTable 3: BN re-estimated each time")
-    rows = table3(load(args.analyze[0]), title, args.steps or 1000)  # which trains it on
-    print_table([*rows, *(table3_row(title, [score(runs[title])]) for title in titles)])
+    print_table(table3(load(args.analyze[0]), runs, args.steps or 1000))
     if args.plot:
         plot_figures(args.plot, layer, runs)
 
@@ -923,16 +922,13 @@ def score(run: Run) -> tuple[float, float]:
     return loss, validate(run)[0]
 
 
-def table3_row(name: str, scores: list[tuple[float, float]]) -> dict:
-    """One or several scores of the same network."""
-    losses, top1 = zip(*scores)
-    return {"network": name, "train loss": mean_std(losses, 4), "top-1": mean_std(top1)}
+def table3(run: Run, runs: dict[str, Run], steps: int) -> list[dict]:
+    """Train loss and top-1 of a run as trained, sampled, rounded to the EMA, optimised, trained on.
 
-
-def table3(run: Run, name: str, steps: int) -> list[dict]:
-    """Train loss and top-1: as trained, sampled, rounded to the EMA, optimised, trained on."""
+    It is the first of `runs`, loaded once more, since it changes; the others follow as they are.
+    """
     trained = {key: tensor.clone() for key, tensor in run.model.state_dict().items()}
-    scores, sampler = {name: [score(run)]}, generator("samples", run.args.seed)
+    scores, sampler = {next(iter(runs)): [score(run)]}, generator("samples", run.args.seed)
     sampled = scores["sampled, mean of 10"] = []
     for _ in range(10):
         run.model.load_state_dict(trained)
@@ -951,7 +947,9 @@ def table3(run: Run, name: str, steps: int) -> list[dict]:
     run.model.load_state_dict(trained)
     more = len(list(repeat_last_steps(run, steps)))
     scores[f"its last {more} steps once more"] = [score(run)]
-    return [table3_row(name, each) for name, each in scores.items()]
+    scores |= {title: [score(other)] for title, other in list(runs.items())[1:]}
+    return [{"network": name, "train loss": mean_std([loss for loss, _ in each], 4),
+             "top-1": mean_std([top1 for _, top1 in each])} for name, each in scores.items()]
 
 
 def repeat_last_steps(run: Run, steps: int) -> Iterator[float]:
@@ -1051,14 +1049,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args([word for word in argv if word not in ("-h", "--help")])
     embedded = args.data is None and not args.benchmark
     args.model = args.model or ("mobilenet_v2_short" if embedded else "mobilenet_v2")
-    p.set_defaults(model=args.model, act_bits=args.bits, width=WIDTHS.get(args.model, 1.0),
-                   weights="DEFAULT" if args.data and args.method != "fp32" else None,
-                   **recipe(args))
+    start = "DEFAULT" if args.data and args.method != "fp32" else None
+    p.set_defaults(model=args.model, act_bits=args.bits, weights=start, **recipe(args))
     args = p.parse_args(argv)
     args.processes = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     if args.method == "fp32":
         args.bits = args.act_bits = 32
-    if args.width != 1 and args.model not in WIDTHS:
+    if args.width != 1 and args.model not in WITH_WIDTH:
         p.error(f"--width: {args.model} has no width multiplier; leave it out")
     if args.batch_size // args.accumulate < 2:
         p.error("--batch-size, --accumulate: batch norm needs at least 2 images a forward pass")
@@ -1068,7 +1065,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, flag) and not getattr(args, mode):
             p.error(f"--{flag}: goes with --{mode} CHECKPOINT")
     parts = [Path(args.data).resolve().name] if args.data else []
-    parts += [args.model, args.method, f"x{args.width:g}" if args.model in WIDTHS else "",
+    parts += [args.model, args.method, f"x{args.width:g}" if args.width != 1 else "",
               f"{args.image_size}px", f"w{args.bits}a{args.act_bits}" * (args.method != "fp32"),
               f"{args.steps}steps" if args.steps else "", f"seed{args.seed}"]
     args.output = args.output or str(Path("runs", "-".join(filter(None, parts))))
@@ -1087,7 +1084,7 @@ def training_flags(add) -> None:
     add("--weights", metavar="DEFAULT|FILE", help="float weights to start from; None = trained "
         "first on the generated patterns, torchvision's with --data, random with --method fp32")
     add("--image-size", type=number(int, 16, 2048), help="pixels")
-    add("--width", type=number(float, 0.05, 4), help="MobileNetV2's width multiplier")
+    add("--width", type=number(float, 0.05, 4), default=1.0, help="MobileNetV2's multiplier")
     add("--estimator", choices=tuple(ESTIMATORS), default="ste", help="gradient through rounding")
     add("--per-channel", action="store_true", help="a weight scale per output channel")
     add("--epochs", type=number(int, 0, 10000), help="0 = only score what --weights loads")
