@@ -1999,7 +1999,7 @@ def test_unreadable_pictures_are_named_left_out_and_counted(pictures, fp32, tmp_
     for path in (root / "val").rglob("*.*"):
         path.write_bytes(b"no picture")
     assert train.main(qat(root, fp32, tmp_path / "blind", "--method lsq")) == 2
-    assert "no validation picture" in capsys.readouterr().err.splitlines()[-1]
+    assert "no picture of val is readable" in capsys.readouterr().err.splitlines()[-1]
 
 
 # --- train.py: bad input is one line and exit status 2 --------------------------------------------
@@ -2681,12 +2681,12 @@ def test_an_unreadable_picture_is_told_once_with_the_reason_and_counted(workers,
     assert out.count("unreadable 2") == 3
 
 
-@pytest.mark.parametrize("part, name", [("train", "training"), ("val", "validation")])
-def test_a_part_without_a_readable_picture_is_refused(part, name, ab, capsys):
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_part_without_a_readable_picture_is_refused(part, ab, capsys):
     for path in (ab / part).rglob("*.png"):
         path.write_bytes(b"")
     status, lines = tiny(capsys, "--data", "ab", "--output", "run")
-    assert status == 2 and f"no {name} picture is readable" in lines[-1]
+    assert status == 2 and f"no picture of {part} is readable" in lines[-1]
 
 
 def test_pictures_are_turned_laid_on_white_and_brought_to_8_bits_in_silence(

@@ -189,9 +189,7 @@ def validate(run: "Run", batches=None) -> tuple[float, float]:
     correct, loss, seen, stop = over_ranks(sums).tolist()
     if stop:  # nothing is lost: train_epoch has saved
         raise run.ended(*STOPPED)
-    if not seen:
-        raise UserError(f"--data {run.args.data}: no validation picture is readable")
-    return 100 * correct / seen, loss / seen
+    return 100 * correct / max(seen, 1), loss / max(seen, 1)
 
 
 def reestimate(run: "Run") -> None:
@@ -398,8 +396,8 @@ class Run:
                 data, batch_sampler=[indices.tolist() for indices in batches], num_workers=workers,
                 timeout=600 * bool(workers),  # seconds; one that hangs would be waited for
                 pin_memory=self.device.type == "cuda", worker_init_fn=leave_signals_to_parent):
-            if data is self.train_set and data.unreadable.all():
-                raise UserError(f"--data {self.args.data}: no training picture is readable")
+            if data.unreadable.all():
+                raise UserError(f"--data {self.args.data}: no picture of {data.part} is readable")
             yield images, labels
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
