@@ -1656,7 +1656,7 @@ def test_table_3_starts_each_row_from_the_trained_weights(tiny_run, monkeypatch)
 
     for name, result in (("sample_oscillating_weights", 1), ("optimize_oscillating_weights", 7)):
         monkeypatch.setattr(train, name, partial(spoil, result))
-    monkeypatch.setattr(train, "score", score)
+    monkeypatch.setattr(train, "loss_and_top1", score)
     monkeypatch.setattr(train, "train_step", lambda run, *_: (
         steps.append(run.step), setattr(run, "step", run.step + 1)))
     run.tracker.f[::2] = 1  # oscillating
@@ -1676,7 +1676,7 @@ def test_table_3_measures_the_loss_on_batches_that_bn_has_not_seen(tiny_run, mon
     monkeypatch.setattr(train, "reestimate_bn", lambda model, batches: seen.extend(batches))
     monkeypatch.setattr(train, "validate", lambda run, batches=None: (
         measured.extend(batches or []), 0.0))
-    train.score(run)
+    train.loss_and_top1(run)
     assert len(seen) == len(measured) == 4
     assert not any(torch.equal(a, b) for (a, _) in seen for (b, _) in measured)
 

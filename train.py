@@ -578,13 +578,11 @@ def mobilenet_v2_short(num_classes: int, width_mult: float) -> nn.Module:
 
 def resnet_short(num_classes: int) -> nn.Module:
     """A residual network of as many parameters, of torchvision's blocks: the control."""
-    def halve(narrow: int, wide: int) -> BasicBlock:
-        skip = nn.Sequential(nn.Conv2d(narrow, wide, 1, 2, bias=False), nn.BatchNorm2d(wide))
-        return BasicBlock(narrow, wide, 2, skip)
-
-    return nn.Sequential(Conv2dNormActivation(3, 16, stride=2), BasicBlock(16, 16), halve(16, 32),
-                         halve(32, 44), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                         nn.Linear(44, num_classes))
+    halve = partial(Conv2dNormActivation, kernel_size=1, stride=2, activation_layer=None)
+    return nn.Sequential(
+        Conv2dNormActivation(3, 16, stride=2), BasicBlock(16, 16),
+        BasicBlock(16, 32, 2, halve(16, 32)), BasicBlock(32, 44, 2, halve(32, 44)),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(44, num_classes))
 
 
 def build_model(name: str, num_classes: int = 1000, weights: str | None = None,
@@ -739,7 +737,7 @@ def checkpoint_to_resume(args: argparse.Namespace) -> dict | None:
     differ = [f"--{key.strip('_').replace('_', '-')} {there.get(key)} there, {value} here"
               for key, value in vars(args).items() if key not in PLACE and there.get(key) != value]
     if differ:
-        raise UserError(f"--output {last}: is another command's: {'; '.join(differ)}; choose another")
+        raise UserError(f"--output {last}: another command's: {'; '.join(differ)}; choose another")
     return checkpoint
 
 
@@ -886,7 +884,7 @@ def table1(run: Run) -> list[dict]:
              "mean D": d.mean().item()} for name, d in divergence.items()]
 
 
-def score(run: Run) -> tuple[float, float]:
+def loss_and_top1(run: Run) -> tuple[float, float]:
     """Train loss and top-1 with BN re-estimated, which the network keeps."""
     reestimate(run)
     _, loss = validate(run, islice(run.batches("loss"), run.args.bn_batches))
@@ -899,28 +897,29 @@ def table3(run: Run, runs: dict[str, Run], steps: int) -> list[dict]:
     It is the first of `runs`, loaded once more, since it changes; the others follow as they are.
     """
     trained = {key: tensor.clone() for key, tensor in run.model.state_dict().items()}
-    scores, sampler = {next(iter(runs)): [score(run)]}, generator("samples", run.args.seed)
-    sampled = scores["sampled, mean of 10"] = []
+    sampler = generator("samples", run.args.seed)
+    measured = {next(iter(runs)): [loss_and_top1(run)]}
+    sampled = measured["sampled, mean of 10"] = []
     for _ in range(10):
         run.model.load_state_dict(trained)
         sample_oscillating_weights(run.model, run.tracker, sampler)
-        sampled.append(score(run))
-    scores["sampled, best"] = [min(sampled)]
+        sampled.append(loss_and_top1(run))
+    measured["sampled, best"] = [min(sampled)]
     run.model.load_state_dict(trained)
     ema = run.tracker.mean_integers()
     for layer, mask in run.tracker.oscillating_masks().items():
         run.tracker.layers[layer].place(mask, ema[layer].round())
-    scores["round(EMA)"] = [score(run)]
+    measured["round(EMA)"] = [loss_and_top1(run)]
     run.model.load_state_dict(trained)
     with run.autocast():
         chosen = optimize_oscillating_weights(run.model, run.tracker, run.batches("choice"), steps)
-    scores[f"AdaRound, {chosen} weights, {steps} steps"] = [score(run)]
+    measured[f"AdaRound, {chosen} weights, {steps} steps"] = [loss_and_top1(run)]
     run.model.load_state_dict(trained)
     more = len(list(repeat_last_steps(run, steps)))
-    scores[f"its last {more} steps once more"] = [score(run)]
-    scores |= {title: [score(other)] for title, other in list(runs.items())[1:]}
+    measured[f"its last {more} steps once more"] = [loss_and_top1(run)]
+    measured |= {title: [loss_and_top1(other)] for title, other in list(runs.items())[1:]}
     return [{"network": name, "train loss": mean_std([loss for loss, _ in each], 4),
-             "top-1": mean_std([top1 for _, top1 in each])} for name, each in scores.items()]
+             "top-1": mean_std([top1 for _, top1 in each])} for name, each in measured.items()]
 
 
 def repeat_last_steps(run: Run, steps: int) -> Iterator[float]:
@@ -1094,10 +1093,10 @@ def place_flags(add) -> None:
 
 def float_job(args: argparse.Namespace) -> argparse.Namespace:
     """The command that trains float weights for the generated patterns; a finished run is kept."""
-    flags = ("model", "width", "seed", "image_size", "steps", "device")
-    given = [f"--{flag.replace('_', '-')}={getattr(args, flag)}" for flag in flags
-             if getattr(args, flag) is not None]
-    job = parse(["--method=fp32", "--resume", *given])
+    steps = [f"--steps={args.steps}"] if args.steps else []
+    job = parse(["--method=fp32", "--resume", f"--model={args.model}", f"--width={args.width}",
+                 f"--seed={args.seed}", f"--image-size={args.image_size}",
+                 f"--device={args.device}", *steps])
     job.output = str(Path(args.output).parent / Path(job.output).name)
     return job
 
