@@ -1816,17 +1816,21 @@ def test_batches_depend_on_seed_epoch_and_step_only(data, few_patterns, pictures
         assert not torch.equal(next(other)[0], whole[0][0])
     endless = list(islice(run.batches("bn"), 2 * len(whole)))
     assert not torch.equal(endless[0][0], endless[len(whole)][0])
-    run.args.processes, endless = 3, None
-    monkeypatch.setattr(train, "world_size", lambda: 3)
-    shares = []
-    for rank in range(3):
+    run.args.processes, endless = 5, None
+    monkeypatch.setattr(train, "world_size", lambda: 5)
+    shares, sizes = [], set()
+    for rank in range(5):
         monkeypatch.setattr(train, "rank", lambda: rank)
+        run.args.batch_size = 1000  # more than there are: each has as many
+        sizes.add(len(run.order(0)[0]))
+        run.args.batch_size = 8
         shares.append(torch.cat(run.order(0)))
         endless = endless or list(islice(run.batches("bn"), 2))
         assert_same(list(islice(run.batches("bn"), 2)), endless)
-        assert len(endless[0][1]) == 3 * 8
+        assert len(endless[0][1]) == 5 * 8
     trained = torch.cat(shares)
     assert len({len(share) for share in shares}) == 1 and len(trained) == len(trained.unique())
+    assert sizes == {len(run.train_set) // 5}
 
 
 @pytest.mark.parametrize("data", ["", "--data"])
@@ -1873,6 +1877,7 @@ def test_a_float_network_learns(fp32):
     assert len(rows) == 6 and rows[-1]["loss"] < 0.3 * rows[0]["loss"]
     assert summary["fp32_top1"] > 90 and summary["pre_bn_loss"] < 0.5
     assert (summary["weight_bits"], summary["frozen"]) == (32, 0)
+    assert "post_bn_top1" not in rows[0] and "post_bn_top1" in rows[-1]  # in float, at the end only
 
 
 @pytest.mark.parametrize("method", ["lsq", "dampen", "freeze"])
@@ -1999,7 +2004,7 @@ def test_unreadable_pictures_are_named_left_out_and_counted(pictures, fp32, tmp_
     for path in (root / "val").rglob("*.*"):
         path.write_bytes(b"no picture")
     assert train.main(qat(root, fp32, tmp_path / "blind", "--method lsq")) == 2
-    assert "no picture of val is readable" in capsys.readouterr().err.splitlines()[-1]
+    assert "no validation picture" in capsys.readouterr().err.splitlines()[-1]
 
 
 # --- train.py: bad input is one line and exit status 2 --------------------------------------------
@@ -2083,11 +2088,13 @@ def test_resuming_another_command_says_what_differs(pictures, fp32, tmp_path, ca
     capsys.readouterr()
     line = refusal([*command, "--resume", "--method", "freeze", "--bits", 4], capsys)
     assert "--method lsq there, freeze here" in line and "--bits 3 there, 4 here" in line
-    before = (tmp_path / "last.pt").read_bytes()
-    for flag, value in (("--lr", 0.03), ("--width", 0.2)):  # nor is a finished run overwritten
+    before = [(tmp_path / name).read_bytes() for name in ("last.pt", "summary.json")]
+    other = shutil.copytree(pictures, tmp_path / "other")
+    for flag, value in (("--lr", 0.03), ("--width", 0.2), ("--data", other)):
         line = refusal([*command, flag, value], capsys)
         assert f"--output {tmp_path}" in line and f"{flag} " in line and f"{value} here" in line
-    assert (tmp_path / "last.pt").read_bytes() == before
+    assert train.main(command) == 0 and "is finished" in capsys.readouterr().out  # and kept
+    assert [(tmp_path / name).read_bytes() for name in ("last.pt", "summary.json")] == before
 
 
 @pytest.mark.parametrize("error, words", [
@@ -2109,7 +2116,7 @@ def test_what_the_machine_lacks_is_told_with_the_flag_that_asks_for_it(
 
 def test_benchmark_times_all_methods_in_turn(few_patterns, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags = "--benchmark --width 0.1 --image-size 32 --batch-size 2 --steps 1"
+    flags = "--benchmark --method fp32 --width 0.1 --image-size 32 --batch-size 2 --steps 1"
     assert train.main(split(flags)) == 0
     rows = table(capsys.readouterr().out)
     assert [row["method"] for row in rows] == ["fp32", "lsq", "dampen", "freeze"]
@@ -2601,7 +2608,7 @@ def test_timms_mobilenet_v3_is_read_in_order_and_tensorflows_refused(tmp_path):
     (lambda state: {key: t.to(torch.float8_e4m3fn) if t.is_floating_point() else t
                     for key, t in state.items()}, "features.0.0.weight is not all finite"),
     (lambda state: {"net": state}, "net is not all finite"),
-    (lambda state: {"model": state, "arguments": 5, "facts": [1], "layout": ["x"]}, None)])
+    (lambda state: {"model": state, "arguments": 5, "facts": [1], "inputs": ["x"]}, None)])
 def test_foreign_weights_are_read_or_refused_by_the_names_of_their_tensors(
         convert, words, tmp_path):
     state, file = train.build_model("mobilenet_v2_short", 3).state_dict(), str(tmp_path / "w.pt")
@@ -2681,12 +2688,12 @@ def test_an_unreadable_picture_is_told_once_with_the_reason_and_counted(workers,
     assert out.count("unreadable 2") == 3
 
 
-@pytest.mark.parametrize("part", ["train", "val"])
-def test_a_part_without_a_readable_picture_is_refused(part, ab, capsys):
+@pytest.mark.parametrize("part, name", [("train", "training"), ("val", "validation")])
+def test_a_part_without_a_readable_picture_is_refused(part, name, ab, capsys):
     for path in (ab / part).rglob("*.png"):
         path.write_bytes(b"")
     status, lines = tiny(capsys, "--data", "ab", "--output", "run")
-    assert status == 2 and f"no picture of {part} is readable" in lines[-1]
+    assert status == 2 and f"no {name} picture is readable" in lines[-1]
 
 
 def test_pictures_are_turned_laid_on_white_and_brought_to_8_bits_in_silence(

@@ -29,7 +29,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 import warnings
 import zlib
@@ -104,7 +103,7 @@ def recipe(args: argparse.Namespace) -> dict:
 
 METHODS = ("fp32", "lsq", "dampen", "freeze")
 UNREADABLE = -100  # the label of a picture that could not be read; cross_entropy leaves it out
-STOP = threading.Event()  # set by a signal, obeyed after the step
+STOP = {"possible": False, "asked": False}  # set by train and by a signal, obeyed after the step
 STOPPED = "stopped by a signal", "the same command with --resume goes on"
 SCORES = ("pre_bn_top1", "pre_bn_loss", "post_bn_top1", "post_bn_loss")
 
@@ -137,7 +136,7 @@ def train_step(run: "Run", images: Tensor, labels: Tensor) -> float:
     if lambda_:  # L = L_task + lambda L_dampen: their gradients add up                        Eq. 5
         (lambda_ * dampening_loss(model, args.dampening)).backward()
     # One message a step: the mean loss, and whether a signal has reached any process.
-    told = torch.stack([task_loss / world_size(), task_loss.new_tensor(float(STOP.is_set()))])
+    told = torch.stack([task_loss / world_size(), task_loss.new_tensor(float(STOP["asked"]))])
     value, stop = over_ranks(told).tolist()
     if not math.isfinite(value):  # before the step
         raise run.ended(f"loss became {value}", "try a smaller --lr")
@@ -178,17 +177,19 @@ def validate(run: "Run", batches=None) -> tuple[float, float]:
     # This process's share; DistributedSampler would pad it, and count some pictures twice.
     mine = torch.arange(len(run.val_set))[rank()::world_size()].split(128)
     for images, labels in batches or run.load(run.val_set, [part for part in mine if len(part)]):
-        if STOP.is_set():
+        if STOP["asked"]:
             break
         logits, labels = run.forward(run.model, images), labels.to(run.device)
         sums[:3] += torch.stack([(logits.argmax(1) == labels).sum(),
                                  F.cross_entropy(logits, labels, reduction="sum"),
                                  (labels != UNREADABLE).sum()])
-    sums[3] = float(STOP.is_set())
+    sums[3] = float(STOP["asked"])
     correct, loss, seen, stop = over_ranks(sums).tolist()
     if stop:  # nothing is lost: train_epoch has saved
         raise run.ended(*STOPPED)
-    return 100 * correct / max(seen, 1), loss / max(seen, 1)
+    if not seen:
+        raise UserError(f"--data {run.args.data}: no validation picture is readable")
+    return 100 * correct / seen, loss / seen
 
 
 def reestimate(run: "Run") -> None:
@@ -207,9 +208,11 @@ def scores(run: "Run") -> dict[str, float]:
 def finish_epoch(run: "Run", epoch: int) -> None:
     """A row of log.csv. Training goes on with BN's own statistics."""
     own, scored = run.average_bn(), dict.fromkeys(SCORES)
-    if run.step == run.total or run.args.data or run.args.method != "fp32":
-        scored = scores(run)  # the float weights of the patterns: at their end only
+    if run.step == run.total or run.args.method != "fp32":
+        scored = scores(run)
         run.model.load_state_dict(own, strict=False)
+    elif run.args.data:  # in float, before and after hardly differ
+        scored |= zip(SCORES, validate(run))
     lr, lambda_, freeze_threshold = schedule(run.args, max(run.step - 1, 0) / max(run.total, 1))
     steps = run.step - (epoch - 1) * run.epoch_steps
     row = {"epoch": epoch, "step": run.step, "lr": lr, "lambda": lambda_,
@@ -219,20 +222,27 @@ def finish_epoch(run: "Run", epoch: int) -> None:
            "unreadable": int(run.train_set.unreadable.sum() + run.val_set.unreadable.sum())}
     run.rows, run.loss_sum = [*run.rows, row], 0.0
     print("  ".join(f"{key} {value:.4g}" for key, value in row.items() if value is not None))
-    best = max(run.rows, key=lambda row: row["post_bn_top1"] or 0)
+    best = max(run.rows, key=lambda row: row["post_bn_top1"] or row["pre_bn_top1"] or 0)
     save_checkpoint(run, *(["best.pt"] if best is row else []), "last.pt")  # last.pt ends the epoch
 
 
 def train(args: argparse.Namespace, wait: bool = False) -> None:
     """The whole job: a new run or a resumed one, all its epochs, and its summary."""
     with claimed(args.output, wait):
+        STOP["possible"], summary = True, Path(args.output, "summary.json")
         checkpoint = checkpoint_to_resume(args)
         run = Run(args, checkpoint)
-        if checkpoint and checkpoint["facts"] != run.facts:
-            raise UserError(f"--output {args.output}: other pictures there; choose another folder")
+        finished = checkpoint is not None and summary.exists()
+        same = ("pictures",) if finished else ("pictures", "processes")
+        if checkpoint and any(checkpoint["facts"][key] != run.facts[key] for key in same):
+            raise UserError(f"--output {args.output}: other pictures or processes there")
         print(f"{args.method} {args.model} from {args.weights or 'random weights'}, step "
               f"{run.step} of {run.total}; data: "
               f"{args.data or 'the embedded set of generated patterns'}")
+        if finished:
+            print(f"{args.output}: is finished; delete it to train again")
+            return
+        summary.unlink(missing_ok=True)
         for epoch in range(len(run.rows), run.epochs):
             train_epoch(run, epoch)
             finish_epoch(run, epoch + 1)
@@ -298,12 +308,14 @@ class Run:
         self.train_set, self.val_set = Pictures(args, "train"), Pictures(args, "val")
         classes = self.train_set.classes
         if len(classes) < 2 or classes != self.val_set.classes:
+            odd = sorted(set(classes) ^ set(self.val_set.classes))
             raise UserError(f"--data {args.data}: expected train/CLASS/*.jpg and val/CLASS/*.jpg "
-                            "of the same 2 or more classes")
+                            f"of the same 2 or more classes; one alone has {odd[:3]}")
         if checkpoint and classes != (there := checkpoint["facts"]["classes"]):
             raise UserError(f"{args.output}: was trained on other classes ({', '.join(there):.40} "
                             "...); give their --data")
-        self.facts = {"classes": classes, "pictures": [len(self.train_set), len(self.val_set)]}
+        self.facts = {"classes": classes, "processes": args.processes,
+                      "pictures": [len(self.train_set), len(self.val_set)]}
         torch.manual_seed(args.seed)
         model = build_model(args.model, len(classes), None if checkpoint else args.weights,
                             args.width, classes, checkpoint["inputs"] if checkpoint else RELEASED)
@@ -353,6 +365,8 @@ class Run:
         adam = [torch.optim.Adam(scales, args.scale_lr, fused=True)] if scales else []
         self.optimizers = [sgd, *adam]
         self.tracker = OscillationTracker(model, args.osc_momentum)
+        if args.method in ("dampen", "freeze") and not self.tracker.layers:
+            print(f"no weights of 4 bits or fewer: --method {args.method} does what lsq does")
         self.wrapped_model = model
         if dist.is_initialized():
             # The ranks' BN statistics are averaged where they are used; trackers need no word.
@@ -364,8 +378,8 @@ class Run:
     def order(self, epoch: int | str) -> list[Tensor]:
         """Indices of the shuffled, full batches of an epoch; see `batches`."""
         order = torch.randperm(len(self.train_set), generator=generator(self.args.seed, epoch))
-        size = min(self.args.batch_size * self.args.processes, len(order))  # of all processes
-        if size < 2 * self.args.processes:
+        size = min(self.args.batch_size, len(order) // self.args.processes) * self.args.processes
+        if size < 2 * world_size():
             raise UserError(f"--data {self.args.data}: needs 2 or more training pictures a process")
         batches = order[:len(order) - len(order) % size].split(size)
         shared = isinstance(epoch, int)  # each process has its part
@@ -388,8 +402,8 @@ class Run:
                 data, batch_sampler=[indices.tolist() for indices in batches], num_workers=workers,
                 timeout=600 * bool(workers),  # seconds; one that hangs would be waited for
                 pin_memory=self.device.type == "cuda", worker_init_fn=leave_signals_to_parent):
-            if data.unreadable.all():
-                raise UserError(f"--data {self.args.data}: no picture of {data.part} is readable")
+            if data is self.train_set and data.unreadable.all():
+                raise UserError(f"--data {self.args.data}: no training picture is readable")
             yield images, labels
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
@@ -486,7 +500,7 @@ class Pictures(Dataset):
             self.unreadable[index] = True
             return torch.zeros(3, self.args.image_size, self.args.image_size), UNREADABLE
         # Whichever worker reads it, resumed or not.
-        torch.manual_seed(seed_of(self.args.seed, self.epoch, index))
+        torch.default_generator.manual_seed(seed_of(self.args.seed, self.epoch, index))
         return self.transform(image), label
 
 
@@ -510,7 +524,7 @@ def picture_transform(part: str, args: argparse.Namespace, inputs: dict):
     size, mode = args.image_size, transforms.InterpolationMode(inputs["interpolation"])
     flip = [transforms.RandomHorizontalFlip()] if part == "train" else []
     if not args.data:
-        return transforms.Compose([*flip, transforms.Resize(size)])
+        return transforms.Compose([*flip, transforms.Resize(size, antialias=False)])
     crop = [transforms.Resize(round(size * inputs["resize"]), mode), transforms.CenterCrop(size)]
     if part == "train":
         crop = [transforms.RandomResizedCrop(size, (args.min_crop, 1), interpolation=mode)]
@@ -603,7 +617,8 @@ def build_model(name: str, num_classes: int = 1000, weights: str | None = None,
         build, options = efficientnet_lite0, {"same_padding": inputs.get("eps") == 1e-3}
     elif name in SHORT_MODELS:
         build = mobilenet_v2_short if name in WITH_WIDTH else resnet_short
-    model = build(num_classes=num_classes, **options)
+    with blame(f"--model {name}: cannot be built", ValueError):
+        model = build(num_classes=num_classes, **options)
     for bn in batch_norms(model).values():
         bn.eps = inputs.get("eps", bn.eps)
     model.inputs = inputs
@@ -679,7 +694,7 @@ def read_weights(path: str, name: str) -> tuple[dict, dict, list[str] | None]:
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 # Flags that say where and how to run, not what is trained: they may differ on --resume.
-PLACE = {"data", "output", "resume", "workers", "device", "checkpoint_every"}
+PLACE = {"data", "output", "resume", "workers", "device", "checkpoint_every", "processes"}
 OURS = {"arguments", "inputs", "facts", "model", "optimizers"}  # what a checkpoint has, and more
 
 
@@ -733,9 +748,9 @@ def checkpoint_to_resume(args: argparse.Namespace) -> dict | None:
     if not args.resume and not Path(args.output, "summary.json").exists():
         raise UserError(f"--output {args.output}: holds an unfinished run; --resume goes on")
     checkpoint = read_file(last, "--output")
-    there = checkpoint["arguments"]
+    there, free = checkpoint["arguments"], PLACE if args.resume else PLACE - {"data"}
     differ = [f"--{key.strip('_').replace('_', '-')} {there.get(key)} there, {value} here"
-              for key, value in vars(args).items() if key not in PLACE and there.get(key) != value]
+              for key, value in vars(args).items() if key not in free and there.get(key) != value]
     if differ:
         raise UserError(f"--output {last}: another command's: {'; '.join(differ)}; choose another")
     return checkpoint
@@ -764,7 +779,6 @@ def write_summary(run: Run) -> None:
                "epochs": run.epochs, "seconds": time.time() - run.begun, "arguments": vars(args)}
     if rank() == 0:
         save_atomically(Path(args.output, "summary.json"), json.dumps(summary, indent=1).encode())
-        compare(args.output)
 
 
 # --- What else the script does: scores, ONNX, tables of runs, the paper's analyses, cost ----------
@@ -846,7 +860,7 @@ def summarize(args: argparse.Namespace) -> None:
 def compare(output: str) -> None:
     """Summarizes the finished runs beside this one, of the same network, data, bits and seed."""
     own, alike = read_summary(output), []
-    for folder in sorted(Path(output).resolve().parent.iterdir()):
+    for folder in sorted({path.resolve() for path in Path(output).resolve().parent.iterdir()}):
         with suppress(UserError):  # of another program
             other = read_summary(folder)
             alike += [folder] if all(other[key] == own[key] for key in SHARED) else []
@@ -936,7 +950,7 @@ def figures(runs: dict[str, Run], name: str | None) -> str:
     depthwise = [name for name, layer in tracked.items() if getattr(layer, "groups", 1) > 1]
     name = name or ["", *tracked, *depthwise[:3]][-1]  # the third depthwise one, as in Figure 3
     if any(name not in run.tracker.layers for run in runs.values()):
-        raise UserError(f"--analyze, --layer {name}: low-bit layers are {', '.join(tracked)}")
+        raise UserError(f"--layer {name}: low-bit layers are {', '.join(tracked) or 'none'}")
     print(f"\nFigures 3 and 4: w_int - w / s of {name}, in percent of its weights")
     rows = [{"from": f"{k / 20 - 0.5:.2f}"} for k in range(20)]
     for title, run in runs.items():
@@ -1019,8 +1033,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     start = "DEFAULT" if args.data and args.method != "fp32" else None
     p.set_defaults(model=args.model, act_bits=args.bits, weights=start, **recipe(args))
     args = p.parse_args(argv)
-    args.processes = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
-    if args.method == "fp32":
+    args.processes = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    if args.method == "fp32" and not args.benchmark:
         args.bits = args.act_bits = 32
     if args.width != 1 and args.model not in WITH_WIDTH:
         p.error(f"--width: {args.model} has no width multiplier; leave it out")
@@ -1106,7 +1120,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
     try:
         args = parse(argv)
-        if "RANK" in os.environ:
+        if args.processes > 1:
             cuda = args.device.startswith("cuda")
             args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else args.device
             dist.init_process_group("nccl" if cuda else "gloo")
@@ -1118,6 +1132,8 @@ def main(argv: list[str] | None = None) -> int:
             args.weights = str(Path(job.output, "last.pt"))
             train(job, wait=True)  # for another command's, where two are started together
         mode(args)
+        if mode is train and rank() == 0:
+            compare(args.output)
         return 0
     except (UserError, OSError, KeyboardInterrupt) as error:
         message = str(error) or "stopped by a signal"
@@ -1133,16 +1149,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def on_signal(number: int, frame) -> None:
-    """Has training stop after its step; the second time, or after 10 s, ends the script."""
-    if not STOP.is_set():
-        STOP.set()
+    """Has training stop after its step; all else, and the second time or after 10 s, at once."""
+    if STOP["possible"] and not STOP["asked"]:
+        STOP["asked"] = True
         signal.alarm(10)  # seconds: a loading process can hang
         return
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader would raise
     for worker in multiprocessing.active_children():
         worker.kill()
         worker.join(1)
-    os.write(2, b"train.py: stopped by a signal; --resume goes on from the last checkpoint\n")
+    hint = "; --resume goes on from the last checkpoint" * STOP["possible"]
+    os.write(2, f"train.py: stopped by a signal{hint}\n".encode())
     os._exit(2)
 
 
