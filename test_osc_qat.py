@@ -1710,6 +1710,9 @@ def test_efficientnet_lite0_reads_both_published_layouts(inputs, stem, tmp_path)
     x = torch.randn(1, 3, 65, 65)
     assert torch.equal(model(x), ours(x)) and model.inputs is inputs
     assert model.features[0][-2].eps == (1e-3 if stem == "_conv_stem" else 1e-5)
+    pads, x = (0, 1, 0, 1) if stem == "_conv_stem" else (1, 1, 1, 1), x[..., :64, :64]
+    by_hand = nn.functional.conv2d(nn.functional.pad(x, pads), next(ours.parameters()), stride=2)
+    assert_close(model.features[0][0](x), by_hand)
 
 
 @pytest.mark.parametrize("size", [7, 8, 33, 64])
