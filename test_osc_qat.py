@@ -2732,7 +2732,12 @@ def test_main_runs_in_a_thread(ab):
     assert statuses == [0]
 
 
-def test_a_terminal_that_knows_no_plus_minus_gets_the_table(tmp_path):
+def tell_in_ascii(command, file):
+    sys.stdout = open(file, "w", encoding="ascii")
+    be_command(command, os.devnull)
+
+
+def test_a_terminal_that_knows_no_plus_minus_gets_the_table(fork, tmp_path):
     for seed in (1, 2):
         row = dict.fromkeys(("fp32_top1", "pre_bn_top1", "post_bn_top1", "pre_bn_loss",
                              "post_bn_loss", "oscillating", "frozen", "seconds"), seed)
@@ -2740,10 +2745,10 @@ def test_a_terminal_that_knows_no_plus_minus_gets_the_table(tmp_path):
                            "seed": seed, "data": None, "arguments": {"method": "lsq"}, **row})
         (tmp_path / str(seed)).mkdir()
         (tmp_path / str(seed) / "summary.json").write_text(text)
-    out = subprocess.run([sys.executable, ROOT / "train.py", "--summarize", "1", "2"],
-                         cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"},
-                         capture_output=True, text=True, check=True).stdout
-    assert "1.50 ? 0.71" in out
+    command = split("--summarize", tmp_path / "1", tmp_path / "2")
+    process = fork(tell_in_ascii, command, tmp_path / "out")
+    process.join()
+    assert "1.50 ? 0.71" in (tmp_path / "out").read_text() and process.exitcode == 0
 
 
 def test_a_width_is_refused_by_a_network_that_has_none(capsys):
