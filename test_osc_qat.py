@@ -1614,6 +1614,11 @@ def test_flags_reach_the_quantizers(flags, tiny_run):
     assert run.model[8].p == 0  # dropout is off, as released
 
 
+def test_a_cure_without_low_bit_weights_says_so(tiny_run, capsys):
+    tiny_run("--method dampen --bits 8")
+    assert "--method dampen does what lsq does" in capsys.readouterr().out
+
+
 def test_scores_are_those_of_all_validation_pictures_before_and_after_reestimation(
         tiny_run, monkeypatch):
     """And shares are percent, and training goes on with the BN statistics that it had."""
@@ -1936,6 +1941,7 @@ def table(printed):
 
 def test_without_data_three_methods_end_in_one_table(few_patterns, tmp_path, capsys):
     """The float network is trained once, and nothing but the patterns is needed."""
+    (tmp_path / "latest").symlink_to(tmp_path / "lsq")  # counts once
     for method in ("lsq", "dampen", "freeze"):
         assert train.main(split("--method", method, "--steps 2 --bn-batches 2 --seed 3 --output",
                                 tmp_path / method)) == 0
@@ -1945,8 +1951,9 @@ def test_without_data_three_methods_end_in_one_table(few_patterns, tmp_path, cap
         summary, rows = read(tmp_path / method)
         assert rows[-1]["step"] == 2 and len(rows) == 1
         assert rows[0].keys() & summary.keys() >= {"pre_bn_loss", "post_bn_loss"}
-    assert [row["method"] for row in table(out)] == ["dampen", "freeze", "lsq"]
-    assert len(list(tmp_path.iterdir())) == 4  # with the float network's
+    assert [(row["method"], row["runs"]) for row in table(out)] == [
+        ("dampen", "1"), ("freeze", "1"), ("lsq", "1")]
+    assert len(list(tmp_path.iterdir())) == 5  # with the link and the float network's
 
 
 @pytest.mark.parametrize("method", ["fp32", "lsq"])
@@ -2052,7 +2059,7 @@ def test_a_number_out_of_range_is_refused_by_name(flag, value, capsys):
     ("--layer a", "--layer: goes with"),
     ("--data missing", "expected train/CLASS"), ("--data empty", "expected train/CLASS"),
     ("--data hollow", "expected train/CLASS"), ("--data single", "2 or more classes"),
-    ("--data unequal", "same 2 or more classes"), ("--data file", "expected train/CLASS"),
+    ("--data unequal", "classes; one alone has ['c']"), ("--data file", "expected train/CLASS"),
     ("--data outer", "expected train/CLASS"), ("--output file --weights w.pt", "--output file"),
     ("--output file/below --weights w.pt", "--output file/below"),
     ("--output unfinished --weights w.pt", "--resume"),
@@ -2239,7 +2246,8 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(
 def test_a_run_cut_between_two_files_loses_none(
         writes, whole, pictures, fp32, tmp_path, capsys):
     """Before the last.pt of the first epoch, and before summary.json."""
-    left = [writes]
+    left, summary = [writes], tmp_path / "summary.json"
+    summary.write_text("of a run whose last.pt is gone")
 
     def cut(*args, calm=train.save_atomically):
         if not left[0]:
@@ -2251,7 +2259,7 @@ def test_a_run_cut_between_two_files_loses_none(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "save_atomically", cut)
         refusal(command, capsys)
-    assert train.main(command) == 0
+    assert not summary.exists() and train.main(command) == 0
     assert_same_end(tmp_path, whole[0])
 
 
@@ -2270,6 +2278,15 @@ def test_a_signal_saves_and_leaves_with_one_line_and_resuming_ends_the_same(
     assert saved == (torch.load(last, weights_only=True)["step"] if last.exists() else None)
     assert train.main(command) == 0
     assert_same_end(output, whole[0])
+
+
+def test_a_signal_ends_all_but_training_at_once(fork, whole, pictures, tmp_path):
+    command = split("--evaluate", whole[0] / "last.pt", "--workers 0 --data", pictures)
+    stroke = "validate", 6, partial(send, signal.SIGTERM)
+    process = fork(be_command, command, tmp_path / "errors", stroke)
+    process.join()
+    said = (tmp_path / "errors").read_text()
+    assert process.exitcode == 2 and said == "train.py: stopped by a signal\n"
 
 
 FULL = "--output {}/last.pt: cannot be written ([Errno 27] File too large"
@@ -2313,6 +2330,7 @@ def be_command(command, errors, stroke=None, environment={}):
     if stroke:
         strike(*stroke)
     sys.argv, sys.stderr = ["train.py", *command], open(errors, "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), 2)
     train.run_script()
 
 
@@ -2369,7 +2387,8 @@ def test_two_processes_train_one_network(pair, pictures, capsys):
     ("train_step", 2, partial(send, signal.SIGTERM), "stopped by a signal after 3 of 6 steps", 3),
     ("validate", 3, partial(send, signal.SIGTERM), "stopped by a signal after 3 of 6 steps", 3)])
 def test_what_happens_to_one_process_stops_all_at_the_same_step(
-        name, step, act, words, saved, fork, pictures, fp32, tmp_path):
+        name, step, act, words, saved, fork, pictures, fp32, tmp_path, capsys):
+    """And one process alone cannot go on."""
     command, stroke = shared_run(pictures, fp32, tmp_path / "out"), (name, step, act)
     codes, errors = two_ranks(fork, command, tmp_path / "rank", None, stroke)
     assert codes == [2, 2] and errors[0] == errors[1]
@@ -2377,6 +2396,7 @@ def test_what_happens_to_one_process_stops_all_at_the_same_step(
     content = torch.load(tmp_path / "out/last.pt", weights_only=True)
     assert content["step"] == saved
     assert all(tensor.isfinite().all() for tensor in content["model"].values())
+    assert "as many processes as before, 2" in refusal(command, capsys)
 
 
 def test_a_dead_process_ends_the_job_and_resuming_ends_as_if_it_had_lived(
@@ -2734,7 +2754,7 @@ def test_main_runs_in_a_thread(ab):
 
 def tell_in_ascii(command, file):
     sys.stdout = open(file, "w", encoding="ascii")
-    be_command(command, os.devnull)
+    be_command(command, os.devnull, None, {"RANK": "0"})  # which alone starts no second process
 
 
 def test_a_terminal_that_knows_no_plus_minus_gets_the_table(fork, tmp_path):

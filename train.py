@@ -233,9 +233,11 @@ def train(args: argparse.Namespace, wait: bool = False) -> None:
         checkpoint = checkpoint_to_resume(args)
         run = Run(args, checkpoint)
         finished = checkpoint is not None and summary.exists()
-        same = ("pictures",) if finished else ("pictures", "processes")
-        if checkpoint and any(checkpoint["facts"][key] != run.facts[key] for key in same):
-            raise UserError(f"--output {args.output}: other pictures or processes there")
+        if checkpoint and checkpoint["facts"] != run.facts:
+            raise UserError(f"--output {args.output}: other pictures there; choose another folder")
+        there = checkpoint["arguments"]["processes"] if checkpoint else args.processes
+        if not finished and there != args.processes:
+            raise UserError(f"--resume {args.output}: needs as many processes as before, {there}")
         print(f"{args.method} {args.model} from {args.weights or 'random weights'}, step "
               f"{run.step} of {run.total}; data: "
               f"{args.data or 'the embedded set of generated patterns'}")
@@ -314,8 +316,7 @@ class Run:
         if checkpoint and classes != (there := checkpoint["facts"]["classes"]):
             raise UserError(f"{args.output}: was trained on other classes ({', '.join(there):.40} "
                             "...); give their --data")
-        self.facts = {"classes": classes, "processes": args.processes,
-                      "pictures": [len(self.train_set), len(self.val_set)]}
+        self.facts = {"classes": classes, "pictures": [len(self.train_set), len(self.val_set)]}
         torch.manual_seed(args.seed)
         model = build_model(args.model, len(classes), None if checkpoint else args.weights,
                             args.width, classes, checkpoint["inputs"] if checkpoint else RELEASED)
@@ -951,7 +952,8 @@ def figures(runs: dict[str, Run], name: str | None) -> str:
     depthwise = [name for name, layer in tracked.items() if getattr(layer, "groups", 1) > 1]
     name = name or ["", *tracked, *depthwise[:3]][-1]  # the third depthwise one, as in Figure 3
     if any(name not in run.tracker.layers for run in runs.values()):
-        raise UserError(f"--layer {name}: low-bit layers are {', '.join(tracked) or 'none'}")
+        raise UserError(f"--analyze, --layer {name or None}: is not in every checkpoint; low-bit "
+                        f"layers of the first are {', '.join(tracked) or 'none'}")
     print(f"\nFigures 3 and 4: w_int - w / s of {name}, in percent of its weights")
     rows = [{"from": f"{k / 20 - 0.5:.2f}"} for k in range(20)]
     for title, run in runs.items():
@@ -1014,9 +1016,11 @@ def benchmark(args: argparse.Namespace) -> None:
 def within(low: float, high: float, kind: type = int):
     """An argparse type: a number between low and high, both included."""
     def number(text: str):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
-        return kind(text)
+        with suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        wanted = f"{kind.__name__} from {low:g} to {high:g}"
+        raise argparse.ArgumentTypeError(f"expected {wanted}, not {text!r}")
     return number
 
 
@@ -1034,6 +1038,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     start = "DEFAULT" if args.data and args.method != "fp32" else None
     p.set_defaults(model=args.model, act_bits=args.bits, weights=start, **recipe(args))
     args = p.parse_args(argv)
+    # Those that train; --evaluate may run on fewer, and batches keep their size.
     args.processes = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     if args.method == "fp32" and not args.benchmark:
         args.bits = args.act_bits = 32
