@@ -276,13 +276,16 @@ def test_initial_scale_is_the_best_of_a_dense_search(bits, signed, per_channel):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_quantized_in_float32(dtype):
-    """Eq. 1, also under autocast: half precision flips roundings."""
-    q, x, model = Quantizer(4), torch.randn(1000).to(dtype), small_net()
-    q.scale.data.fill_(0.1)
-    assert q(x).dtype == torch.float32
-    assert_same([q(x), q.to_int(x).float()], [q(x.float()), q.to_int(x.float())])
+    """Eq. 1 and LSQ, also under autocast: half precision flips roundings; x_hat has x's type."""
+    q, x, g, model = Quantizer(8), torch.randn(1000).to(dtype), torch.randn(1000), small_net()
+    q.scale.data.fill_(0.02)
+    wide, narrow = x.float().requires_grad_(), x.requires_grad_()
+    g_wide = torch.autograd.grad(q(wide), (wide, q.scale), g.to(dtype).float())
+    g_narrow = torch.autograd.grad(q(narrow), (narrow, q.scale), g.to(dtype))
+    assert_same(g_narrow, (g_wide[0].to(dtype), g_wide[1]))
+    assert_same([q(x), q.to_int(x)], [q(x.float()).to(dtype), q.to_int(x.float())])
     q.to(dtype)
-    assert_same(q(x), fake_quantize(x.float(), q.scale.float(), -8, 7))
+    assert_same(q(x), fake_quantize(x.float(), q.scale.float(), -128, 127).to(dtype))
     before = [layer.weight_hat() for layer in quant_layers(model).values()]
     with torch.autocast("cpu", dtype=dtype):
         assert_same([layer.weight_hat() for layer in quant_layers(model).values()], before)

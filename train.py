@@ -924,7 +924,7 @@ def table3(run: Run, runs: dict[str, Run], steps: int) -> list[dict]:
     run.model.load_state_dict(trained)
     ema = run.tracker.mean_integers()
     for layer, mask in run.tracker.oscillating_masks().items():
-        run.tracker.layers[layer].place(mask, ema[layer].round())
+        run.tracker.layers[layer].move_to_centers(mask, ema[layer].round())
     measured["round(EMA)"] = [loss_and_top1(run)]
     run.model.load_state_dict(trained)
     with run.autocast():
