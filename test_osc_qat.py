@@ -1090,8 +1090,8 @@ def assert_integers(onnx, content, model):
 
 @pytest.mark.parametrize("name, bits, act_bits, per_channel, size", [
     ("mobilenet_v2_short", 4, 4, False, 32), ("mobilenet_v3_small", 8, 8, False, 64),
-    ("efficientnet_lite0", 3, None, False, 33), ("resnet_short", 3, 3, True, 32),
-    ("resnet_short", 8, 8, True, 32), ("mobilenet_v2_short", 3, 3, False, 32)])
+    ("efficientnet_lite0", 3, None, False, 33), ("mobilenet_v2_short_dense", 3, 3, True, 32),
+    ("mobilenet_v2_short_dense", 8, 8, True, 32), ("mobilenet_v2_short", 3, 3, False, 32)])
 def test_onnxruntime_computes_the_same_logits(onnx, name, bits, act_bits, per_channel, size):
     """Eq. 1 in another runtime, optimized or not, with as many images as one likes."""
     same_pad = name == "efficientnet_lite0"
@@ -1697,10 +1697,33 @@ def test_every_network_has_a_head_for_the_classes_asked_for(name):
     assert train.build_model(name, 7).eval()(torch.randn(1, 3, 32, 32)).shape == (1, 7)
 
 
-def test_the_short_networks_have_about_50000_parameters():
-    ours, control = (sum(p.numel() for p in train.build_model(name, 40).parameters())
-                     for name in train.SHORT_MODELS)
-    assert 45_000 < ours < 56_000 and abs(control / ours - 1) < 0.1
+def test_the_control_has_dense_convolutions_as_many_layers_and_as_many_parameters():
+    ours, control = (train.build_model(name, 10) for name in train.SHORT_MODELS)
+    a, b = ([layer for layer in net.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+            for net in (ours, control))
+    assert [getattr(layer, "kernel_size", 0) for layer in a] \
+        == [getattr(layer, "kernel_size", 0) for layer in b]
+    assert sum(getattr(layer, "groups", 1) > 1 for layer in a) == 7
+    assert all(getattr(layer, "groups", 1) == 1 for layer in b)
+    a, b = (sum(p.numel() for p in net.parameters()) for net in (ours, control))
+    assert 45_000 < a < 56_000 and abs(b / a - 1) < 0.05
+
+
+@pytest.mark.parametrize("flags, told, threads", [
+    ("", None, 1), ("", "3", 3), ("--model mobilenet_v2_short_dense", None, 1),
+    ("--model resnet18 --image-size 32", None, 3)])
+def test_the_short_networks_compute_on_one_thread_unless_told(
+        flags, told, threads, few_patterns, monkeypatch):
+    if told:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    else:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    try:
+        torch.set_num_threads(3)
+        train.Run(train.parse(split("--method fp32", flags)))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("inputs, stem", [(train.TENSORFLOW, "_conv_stem"),
