@@ -70,12 +70,13 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-# Gradient estimators, Appendix A.1. Each maps g = dL/dw_hat and u = w/s to dL/dw inside the grid.
-# All of them multiply g by a positive factor, which is why none of them stops oscillation (A.3).
+# Gradient estimators, Appendix A.1 (DSQ's formula is Gong et al.'s). Each maps g = dL/dw_hat and
+# u = w/s to dL/dw inside the grid. All of them multiply g by a positive factor, which is why none
+# of them stops oscillation (A.3).
 # Deviation: EWGS and PSG measure w - q(w) in steps s. In the unit of w, as A.1 has it, their effect
 # would vanish with the scale, which is about 0.05 in a trained layer.
 # Paper silent on the three constants. EWGS's, in steps, is the released code's. Its DSQ is ten
-# times softer (k = 0.5), hardly different from STE; PSG it has none.
+# times softer (k = 0.5), hardly different from STE; it has no PSG.
 EWGS_DELTA, PSG_EPS, DSQ_K = 0.2, 0.01, 5.0
 
 ESTIMATORS = {
@@ -118,7 +119,8 @@ class FakeQuantize(torch.autograd.Function):
             x_hat = quantize_to_int(x, scale, int_min, int_max, *frozen).mul_(scale)
         # dL/dw = dL/dw_hat 1[n <= w/s <= p]                                                 Eq. 2
         # The mask is 1 where clip(w, s n, s p) = w. In place: a new tensor is slow on a CPU.
-        # Deviation: the released code's mask is half a bin wider on each side.
+        # Deviation: the released code clips after rounding, so that its mask is half a bin wider on
+        # each side, for both gradients: at w/s = 3.3, p = 3 its dw_hat/ds is -0.3, ours is 3.
         inside = x.clamp(scale * int_min, scale * int_max).eq_(x)
         if frozen:  # a constant for w, and for the scale as if it were clipped there
             inside.masked_fill_(frozen[0], 0)
@@ -347,7 +349,9 @@ def quantize_model(model: nn.Module, weight_bits: int, act_bits: int | None = No
     scales are MSE-initialised. Input scales are 1 until `calibrate` sets them.
 
     Args:
-        model: any network whose first and last layer in module order are its first and last.
+        model: any network whose first and last layer in module order are its first and last, and
+            that calls its layers. Attention may read `layer.weight` instead (swin_t): such a weight
+            stays in float, and nobody sees it until `calibrate` refuses the network.
         weight_bits, act_bits: 2 to 8; act_bits None leaves the inputs in float.
         first_last_bits: 2 to 8, of the first and the last layer's weights, and the last's input.
         per_channel: one weight scale per output channel (inputs always have one scale).
@@ -419,17 +423,18 @@ def calibrate(model: nn.Module, batches: Iterable, samples: int = 2**15) -> None
 
     Runs in evaluation mode with float inputs. A grid is signed where any batch has a negative
     input: on an unsigned grid a linear bottleneck loses half its values, on a signed one ReLU loses
-    a bit. ValueError where no batch reaches an input, or it is not finite.
+    a bit. ValueError where no batch reaches a layer (weights only as well), or an input is not
+    finite.
 
     Args:
         model: from quantize_model.
         batches: images (N, 3, H, W), or tuples that begin with them.
         samples: about how many values of each input a batch contributes to the MSE search.
     """
-    names = {layer.input_quantizer: name for name, layer in quant_layers(model).items()
-             if layer.input_quantizer}
+    layers = quant_layers(model)
+    names = {layer.input_quantizer: name for name, layer in layers.items() if layer.input_quantizer}
     values: dict[Quantizer, list[Tensor]] = {quantizer: [] for quantizer in names}
-    lowest = dict.fromkeys(names, math.inf)
+    lowest, reached = dict.fromkeys(names, math.inf), set()
 
     def record(quantizer, args, x_hat):
         x = args[0].float().flatten()
@@ -445,9 +450,11 @@ def calibrate(model: nn.Module, batches: Iterable, samples: int = 2**15) -> None
     with ExitStack() as hooks, evaluation_mode(model):
         for quantizer in names:
             hooks.enter_context(quantizer.register_forward_hook(record))
+        for layer in layers.values():
+            hooks.enter_context(layer.register_forward_pre_hook(lambda it, _: reached.add(it)))
         for images in images_of(batches, model):
             model(images)
-    if missed := [name for quantizer, name in names.items() if not values[quantizer]]:
+    if missed := [name for name, layer in layers.items() if layer not in reached]:
         raise ValueError("calibration needs at least one batch that reaches every layer in "
                          f"evaluation mode; none reached {', '.join(missed[:3])}")
     for quantizer, samples_seen in values.items():
@@ -559,8 +566,8 @@ class OscillationTracker:
 
     Call `step` once after each optimizer step and nowhere else. All layers are one flat vector
     here: a dozen passes over it, however many layers there are.
-    Deviation: the released code tracks in every forward pass, evaluation too, where nothing
-    changes. Its f is lower, so its published f_th freeze more here.
+    Deviation: the released code tracks in every forward pass, evaluation too, where no weight
+    changes and f decays. Its f is lower than ours, so its published f_th freeze more weights here.
 
     Args:
         model: from quantize_model, on its device.
@@ -595,14 +602,18 @@ class OscillationTracker:
             w_int = self._freeze(self.f > freeze_threshold, w_int)
         # EMA_t(w_int) = m w_int + (1 - m) EMA_{t-1}(w_int)
         # Deviation: from the first iteration on; the released code starts it when freezing starts.
-        # Deviation: Algorithm 1 prints w^{t-1}; round(EMA) is on the grid only for its integers.
+        # Deviation: of the integers, not of w^{t-1} as Algorithm 1 prints: a mean of latent weights
+        # does not round to an integer of the grid.
         self.ema_int.lerp_(w_int, m)
         self.w_int.copy_(w_int)
 
     def _freeze(self, above: Tensor, w_int: Tensor) -> Tensor:
         """Freezes weights above the threshold at round(EMA_{t-1}(w_int)); returns all integers.
 
-        As printed: after a long way the EMA lags, and its integer can lie outside the two states.
+        The mean of an oscillating integer is the optimum in steps (section 2.2). Rounded, it is the
+        state with more of the time, the nearer one; the current integer is either of the two by
+        chance. If the weight came a long way shortly before, the mean lags behind it, and can round
+        to an integer that the weight has left. Algorithm 1 has it so.
         """
         frozen = self._gather(layer.frozen for layer in self.layers.values()) > 0
         w_int = torch.where(above & ~frozen, self.ema_int.round(), w_int)
@@ -647,8 +658,9 @@ class OscillationTracker:
     def oscillating_masks(self, threshold: float | None = None) -> dict[str, Tensor]:
         """Weights with f_t > threshold that are not frozen, by layer: W, bool.
 
-        None is 5 m, the paper's 0.005 at m = 0.001: more than five reversals in short order, or
-        more than one in 1 / (5 m) steps for long. From m = 0.2 on, none.
+        None is 5 m, the paper's 0.005 at m = 0.001. k reversals within a few steps give
+        f = 1 - (1 - m)^k, about k m, so six of them pass 5 m. A reversal every n steps, for long,
+        gives f = 1 / n, so it passes if n < 1 / (5 m). From m = 0.2 on no f can pass.
         """
         threshold = 5 * self.momentum if threshold is None else threshold
         frozen = self.frozen()
@@ -770,9 +782,9 @@ def optimize_oscillating_weights(model: nn.Module, tracker: OscillationTracker, 
 
     Args:
         model, tracker, threshold: as for sample_oscillating_weights.
-        batches: images (N, 3, H, W) and labels (N,), int64; paper: N = 64. ValueError, and no
-            change, where there are fewer than `steps`.
-        steps: iterations; paper: 10,000.
+        batches: images (N, 3, H, W) and labels (N,), int64. ValueError, and no change, where there
+            are fewer than `steps`. Paper silent on N, but for a comment in its source: 64.
+        steps: iterations; the same comment: 10,000.
         lr: of Adam, for the logits of h.
         regularizer: weight of the regulariser's mean over the choices, off in the first fifth.
     """

@@ -35,6 +35,7 @@ from PIL import Image
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
 
 import osc_qat
@@ -274,6 +275,19 @@ def test_initial_scale_is_the_best_of_a_dense_search(bits, signed, per_channel):
     assert (q.scale == 1).all()
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 7, 8])
+@pytest.mark.parametrize("values", [9, 32, 144])
+def test_initial_scale_of_few_values_is_within_5_percent_of_a_dense_search(bits, values):
+    """Section 4: a depthwise channel has nine values; at 8 bits the error has many minima."""
+    q, w = Quantizer(bits, per_channel=20), torch.randn(20, values)
+    q.initialize(w)
+    ours = (q(w) - w).square().sum(1)
+    for error, x in zip(ours, w):
+        s = x.abs().max() / q.int_max * torch.linspace(0.002, 1.5, 5000).view(-1, 1)
+        errors = ((x / s).round().clamp(q.int_min, q.int_max) * s - x).square().sum(1)
+        assert error <= 1.05 * errors.min() + 1e-12
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_quantized_in_float32(dtype):
     """Eq. 1 and LSQ, also under autocast: half precision flips roundings; x_hat has x's type."""
@@ -291,6 +305,64 @@ def test_half_precision_is_quantized_in_float32(dtype):
         assert_same([layer.weight_hat() for layer in quant_layers(model).values()], before)
         model(images()[0]).float().sum().backward()
     assert model[3].weight.grad.isfinite().all()
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that make or change a tensor: views are free, `empty` fills nothing."""
+    FREE = ("alias as_strided detach empty expand permute select slice split split_with_sizes "
+            "squeeze t transpose unbind unfold unsqueeze view _unsafe_view").split()
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ not in self.FREE
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("act_bits, tracks, freeze_threshold, most", [
+    (None, False, None, 1450), (4, False, None, 2250), (4, True, None, 2700), (4, True, 0.01, 3100)])
+def test_a_step_of_mobilenet_v2_takes_few_operators(act_bits, tracks, freeze_threshold, most):
+    """On a GPU each is a launch, and launches are the step's time; FP32 alone has 400."""
+    model = quantize_model(torchvision.models.mobilenet_v2(num_classes=5), 4, act_bits).train()
+    calibrate(model, [torch.randn(2, 3, 32, 32)])
+    parts = [[p for name, p in model.named_parameters() if ("scale" in name) == k] for k in (0, 1)]
+    optimizers = torch.optim.SGD(parts[0], 0.1, 0.9, fused=True), torch.optim.Adam(parts[1], 1e-5,
+                                                                                  fused=True)
+    tracker = OscillationTracker(model)
+    for _ in range(2):  # the first step makes momentum
+        with Operators() as operators:
+            model.zero_grad()
+            nn.functional.cross_entropy(model(images()[0]), torch.arange(4)).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            if tracks:
+                tracker.step(freeze_threshold)
+    assert 1000 < operators.count <= most
+
+
+def test_amp_keeps_hardly_more_for_the_backward_pass_than_in_float():
+    """bfloat16 inputs are kept as they came; the integers are made anew for the scale's gradient."""
+    kept = {}
+    for bits in (None, 4):
+        model = torchvision.models.mobilenet_v2(num_classes=5).train()
+        if bits:
+            calibrate(quantize_model(model, bits, bits), [torch.randn(2, 3, 64, 64)])
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        saved = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                saved[storage.data_ptr()] = tensor, storage.nbytes()  # held, so that none is reused
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), \
+                torch.autocast("cpu", torch.bfloat16):
+            model(torch.randn(4, 3, 224, 224))
+        kept[bits] = sum(size for _, size in saved.values())
+    assert 1 < kept[4] / kept[None] <= 1.65
 
 
 def textbook(x, s, n, p):
@@ -493,6 +565,23 @@ def test_calibration_decides_the_sign_of_each_input_from_real_batches(name, no_s
     h_swish, relu = "classifier.3", "features.1.block.1.fc2"
     assert {"mobilenet_v2": signed == bottlenecks, "resnet18": not signed,
             "mobilenet_v3_small": h_swish in signed and relu not in signed}[name]
+
+
+@pytest.mark.parametrize("act_bits", [None, 4])
+def test_a_layer_whose_weight_is_read_past_its_forward_pass_is_refused_by_name(act_bits):
+    """Set-up: attention reads `proj.weight`, as in swin_t; it would be quantized in name only."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.proj.weight, self.proj.bias)
+
+    model = quantize_model(nn.Sequential(nn.Linear(4, 4), Attention(), nn.Linear(4, 4)), 4, act_bits)
+    with pytest.raises(ValueError, match="none reached 1.proj$"):
+        calibrate(model, [torch.randn(3, 4)])
 
 
 def test_one_negative_value_in_any_batch_makes_a_grid_signed():
