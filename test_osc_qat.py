@@ -584,6 +584,19 @@ def test_a_layer_whose_weight_is_read_past_its_forward_pass_is_refused_by_name(a
         calibrate(model, [torch.randn(3, 4)])
 
 
+def test_calibration_reads_values_from_the_whole_of_each_batch():
+    """Set-up: pictures differ from first to last, and from top to bottom."""
+    net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1))
+    net[0].weight.data.fill_(1.0)
+    model = quantize_model(net, 8, 4)
+    rising = torch.linspace(0, 1, 10000).view(-1, 1)
+    for batches in ([rising], [rising.flip(0)], [rising / 10, rising]):
+        calibrate(model, batches, samples=50)
+        alone = Quantizer(8, signed=False)
+        alone.initialize(torch.cat(batches))
+        assert model[1].input_quantizer.scale.item() == pytest.approx(alone.scale.item(), rel=0.1)
+
+
 def test_one_negative_value_in_any_batch_makes_a_grid_signed():
     """Section 4: also where the sample that the MSE search reads has missed it."""
     net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1))
@@ -680,6 +693,17 @@ def test_oscillating_is_above_five_times_m_in_every_place(m, threshold):
     assert osc_qat.optimize_oscillating_weights(
         model, tracker, [(images()[0], torch.zeros(4).long())], steps=1) == above.sum()
     assert not any(mask.any() for mask in tracker.oscillating_masks(2.0).values())
+
+
+def test_a_threshold_of_0_is_a_threshold():
+    """Eq. 4, Algorithm 1: every weight that ever reversed is above it; None is something else."""
+    model = small_net()
+    tracker = OscillationTracker(model)
+    tracker.f[:100] = 1e-4
+    assert tracker.oscillating(0.0) == 100 / 360 and tracker.oscillating() == 0
+    assert osc_qat.sample_oscillating_weights(model, tracker, threshold=0.0) == 100
+    tracker.step(0.0)
+    assert tracker.frozen_share() == 100 / 360
 
 
 def test_freezing_takes_the_integer_of_an_average_that_lags():
@@ -910,6 +934,12 @@ def bn_inputs(model, batches):
     return seen
 
 
+def test_every_kind_of_batch_norm_is_found():
+    kinds = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
+    net = nn.Sequential(*[kind(2) for kind in kinds], nn.BatchNorm2d(2, track_running_stats=False))
+    assert list(osc_qat.batch_norms(net)) == ["0", "1", "2", "3"]
+
+
 def test_bn_reestimation_is_the_mean_of_the_batch_statistics():
     """Section 2.3.1, with BN's own unbiased variance; everything else stays."""
     model, batches = small_net().train(), images()
@@ -998,9 +1028,22 @@ def test_sampling_takes_the_upper_state_by_its_share_of_time_and_touches_nothing
     p = share - math.floor(share)
     assert abs(drawn.mean() - share) <= 4 * math.sqrt(p * (1 - p) / drawn.numel())
     assert p == 0 or (drawn.mean(0) - share).abs().max() < 6 * math.sqrt(p * (1 - p) / 400)
+    assert p == 0 or len(drawn.T.unique(dim=0)) == number  # each weight is drawn for itself
     for name, layer in layers.items():
         layer.weight.data[masks[name]] = before[0][f"{name}.weight"][masks[name]]
     assert_same(snapshot(model, tracker), before)
+
+
+def test_sampling_draws_from_its_generator_alone():
+    model, tracker, _ = oscillating_net(0.5)
+    (trained, _), drawn, state = snapshot(model), [], torch.get_rng_state()
+    for seed in (1, 1, 2):
+        model.load_state_dict(trained)
+        osc_qat.sample_oscillating_weights(model, tracker, torch.Generator().manual_seed(seed), 0.5)
+        drawn.append(torch.cat([layer.weight_int().flatten()
+                                for layer in quant_layers(model, 4).values()]))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_binary_optimisation_finds_the_best_of_all_choices_together():
@@ -1045,9 +1088,16 @@ def one_choice(share, steps=100, **options):
 
 
 def test_binary_optimisation_starts_at_the_share_of_time():
-    """Table 3: without a step, the more frequent state is chosen."""
+    """Table 3: the relaxed weight begins at its mean; without a step the nearer state is chosen."""
     for share in (0.1, 0.4, 0.6, 0.9):
         assert one_choice(share, lr=0.0) == (share > 0.5)
+    model, tracker, masks = oscillating_net(0.3)
+    layer, seen = model[3], []
+    model.register_forward_hook(lambda *_: seen.append(layer.weight_hat().detach()))
+    batches = [(x, torch.arange(len(x)) % 5) for x in images(1)]
+    osc_qat.optimize_oscillating_weights(model, tracker, batches, steps=1, threshold=0.5)
+    relaxed = seen[0][masks["3"]] / layer.weight_quantizer.scale.detach()
+    assert_close(relaxed, torch.full_like(relaxed, 0.3))
 
 
 def test_binary_optimisation_has_adarounds_regulariser_with_beta_from_20_to_2():
@@ -1219,12 +1269,13 @@ def test_onnxruntime_computes_the_same_logits(onnx, name, bits, act_bits, per_ch
 @GRIDS
 def test_onnxruntime_rounds_as_eq_1_at_every_threshold_and_one_ulp_beside_it(onnx, bits, signed):
     """Eq. 1: half to even after a division, by Clip and saturation as by clip."""
-    net = quantize_model(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), 4, bits)
-    for layer in net:  # both pass on what they get, the second on its input's grid
+    net = quantize_model(nn.Sequential(*[nn.Linear(1, 1) for _ in range(3)]), 4, bits)
+    for layer in net:  # all pass on what they get, the second one on its input's grid
         layer.weight.data.fill_(1)
         layer.weight_quantizer.scale.data.fill_(1)
         layer.bias.data.zero_()
-    q = layer.input_quantizer
+    layer.input_quantizer, q = None, net[1].input_quantizer
+    assert q.bits == bits
     q.signed = bool(signed)
     for scale in torch.rand(3) * 0.3 + 0.01:
         q.scale.data.fill_(scale)
