@@ -2958,6 +2958,74 @@ def test_every_readme_command_parses(file, tmp_path, monkeypatch):
         (train if script == "train" else toy_oscillation).parse(flags)
 
 
+def readme_code(word):
+    """The one block of Python in the README that contains a word."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (code,) = [block for block in blocks if word in block]
+    return code
+
+
+def test_the_readmes_loop_trains_freezes_scores_and_leaves_a_whole_checkpoint(
+        tmp_path, monkeypatch, capsys):
+    """In your own loop: on a network that train.py does not offer, and what it saves goes on."""
+    monkeypatch.chdir(tmp_path)
+    network = torchvision.models.mnasnet0_5
+
+    def trained(weights):  # in the place of the download
+        assert weights == "DEFAULT"
+        net = network(num_classes=5)
+        reestimate_bn(net, images(2, 64))
+        return net
+
+    monkeypatch.setattr(torchvision.models, "mnasnet0_5", trained)
+    loader = [(x, torch.arange(len(x)) % 5) for x in images(3, 64)]
+    code = readme_code("mnasnet0_5").replace("momentum=0.001", "momentum=0.2")  # for ten steps
+    code = code.replace("# To dampen: loss", "loss")  # both cures at once
+    end = {"train_loader": loader, "val_loader": loader, "total": 10}
+    exec(code, end)
+    assert re.match(r"top-1 \d+\.\d\d %\n$", capsys.readouterr().out)
+    saved = torch.load("checkpoint.pt", weights_only=True)
+    assert saved["step"] == 10 and len(end["scales"]) == 2 * len(quant_layers(end["model"])) - 1
+    assert end["sgd"].param_groups[0]["lr"] < 0.001 and end["tracker"].frozen_share() > 0
+    assert all(quantizer.scale in end["adam"].state for quantizer in end["model"].modules()
+               if isinstance(quantizer, Quantizer))
+    twin = quantize_model(trained("DEFAULT"), 4, 4)
+    tracker = OscillationTracker(twin, 0.2)
+    twin.load_state_dict(saved["model"])
+    tracker.load_state_dict(saved["tracker"])
+    assert_same(snapshot(twin, tracker), snapshot(end["model"], end["tracker"]))
+
+
+def test_the_readmes_way_from_own_pictures_to_a_prediction_for_one_jpeg(
+        pictures, tmp_path, monkeypatch, capsys, onnx):
+    """Your own pictures: every command and the code, a local file in the place of the download."""
+    monkeypatch.chdir(tmp_path)
+    theirs = torchvision.models.mobilenet_v2(num_classes=1000)
+    torch.save(theirs.state_dict(), "published.pth")
+    text = (ROOT / "README.md").read_text().split("## Your own pictures")[1].split("\n## ")[0]
+    commands = re.findall(r"^    python train.py (.*)$", text, re.M)
+    assert len(commands) == 3
+    for flags in commands:
+        flags = flags.replace("DIR", str(pictures)).replace("DEFAULT", "published.pth")
+        if "--method" in flags:  # "--data" is enough of its settings for --evaluate
+            flags = re.sub(r"--epochs \d+", "--steps 4", flags)
+            flags += " --image-size 64 --batch-size 8 --workers 0 --bn-batches 2"
+        assert train.main(flags.split()) == 0
+    photo = Image.open(next((pictures / "val/striped").iterdir())).resize((90, 70))
+    photo.save("photo.jpg")
+    capsys.readouterr()
+    exec(readme_code("photo.jpg"), end := {})
+    assert capsys.readouterr().out.strip() in ("bright", "dark", "striped")
+    run = train.stored_run("runs/4bit/last.pt", "--evaluate", train.parse([]))
+    train.reestimate(run)
+    image = run.val_set.transform(train.read_picture("photo.jpg"))
+    assert_close(torch.from_numpy(end["image"]), image, atol=0.03, rtol=0)
+    with torch.no_grad():
+        expected = run.model.eval()(image[None])[0]
+    logits = end["session"].run(None, {"images": image[None].numpy()})[0][0]
+    assert_close(torch.from_numpy(logits), expected, rtol=0.05, atol=0.05 * expected.std().item())
+
+
 def test_at_most_42_flags_are_described_with_their_defaults_and_tested(capsys):
     with pytest.raises(SystemExit):
         train.parse(["--help"])
