@@ -136,7 +136,7 @@ class FakeQuantize(torch.autograd.Function):
 
 
 def fake_quantize(x: Tensor, scale: Tensor, int_min: int, int_max: int,
-                  estimator: str = "ste", frozen: tuple[Tensor, Tensor] | tuple = ()) -> Tensor:
+                  estimator: str = "ste", frozen: tuple = ()) -> Tensor:
     """Quantize and dequantize (Eq. 1), with a gradient to x (Eq. 2) and to the scale (LSQ).
 
     Args:
@@ -200,11 +200,11 @@ class Quantizer(nn.Module):
         return scale.view(-1, *[1] * (dim - 1)) if self.per_channel else scale
 
     @torch.no_grad()
-    def to_int(self, x: Tensor, frozen: tuple[Tensor, Tensor] | tuple = ()) -> Tensor:
-        """Integers of x (Eq. 1): float tensor of x's shape, integer-valued, no gradient."""
+    def to_int(self, x: Tensor, frozen: tuple = ()) -> Tensor:
+        """Integers of x (Eq. 1), of x's shape, in float32 or wider, without gradient."""
         return quantize_to_int(x, self.usable_scale(x.dim()), self.int_min, self.int_max, *frozen)
 
-    def forward(self, x: Tensor, frozen: tuple[Tensor, Tensor] | tuple = ()) -> Tensor:
+    def forward(self, x: Tensor, frozen: tuple = ()) -> Tensor:
         """x on the grid (Eq. 1), in x's shape and dtype, with gradients to x and to the scale."""
         scale = self.usable_scale(x.dim())
         return fake_quantize(x, scale, self.int_min, self.int_max, self.estimator, frozen)
@@ -215,8 +215,8 @@ class Quantizer(nn.Module):
 
         x is a real tensor of any shape; per channel, (per_channel, ...). All zeros keep scale 1.
         ValueError where x is empty or not finite. Each scale tried, up to 1.5 max|x| / p, gives
-        integers, and they give the best scale for themselves. The error has many local minima, the
-        more the finer the grid: in hundreds of random tensors it came within 2 % of the least.
+        integers, and these give the scale that fits them best. The error has many local minima: in
+        thousands of random tensors of 4 to 1,000 values it came within 5 % of the least.
         """
         if not (x.numel() and x.isfinite().all()):
             raise ValueError("cannot set a scale from values that are missing, NaN or infinite")
@@ -224,11 +224,11 @@ class Quantizer(nn.Module):
         rows = x.flatten(1) if self.per_channel else x.reshape(1, -1)
         largest = rows.abs().amax(1, keepdim=True) / self.int_max
         best, best_error = torch.full_like(largest, MIN_SCALE), torch.full_like(largest, math.inf)
-        tries = max(96, 2 * 2**self.bits)
+        tries = max(96, 2 * 2**self.bits)  # the error has more minima on a finer grid
         for k in range(1, tries + 1):
             scale = (1.5 * k / tries * largest).clamp_(min=MIN_SCALE)
             x_int = quantize_to_int(rows, scale, self.int_min, self.int_max)
-            # least squares: s = <x, x_int> / <x_int, x_int>; NaN, which never wins, for all zeros
+            # Least squares: s = <x, x_int> / <x_int, x_int>. All zeros give NaN, which never wins.
             scale = (rows * x_int).sum(1, keepdim=True) / x_int.square().sum(1, keepdim=True)
             x_hat = quantize_to_int(rows, scale, self.int_min, self.int_max).mul_(scale)
             error = x_hat.sub_(rows).square_().sum(1, keepdim=True)
