@@ -236,25 +236,30 @@ def results(groups: dict) -> str:
     return markdown([dict(list(row.items())[:9]) for row in rows])
 
 
+def mean_interval(values: list[float] | None, digits: int) -> str:
+    if values is None:
+        return "open"
+    ends = ", ".join(f"{end:+.{digits}f}" for end in interval(values))
+    return f"{mean(values):+.{digits}f} [{ends}]"
+
+
 def claims(groups: dict) -> str:
     """The verdicts, and what they rest on."""
     rows, all_sides = [], []
     for (claim, measure, sign), settings in CLAIMS.items():
         for setting, left, rivals, *last in settings:
-            cells, sides = {}, {}
-            for data, seeds, prefix in zip(("patterns", "photographs"), last, ("", "cifar-")):
-                found = seeds and differences(groups, measure, left, rivals, seeds, prefix)
-                cells[data] = "open" if seeds else "–"
-                if seeds:
-                    sides[data] = side(sign, interval(found)) if found else None
-                if found:
-                    cells[data] = "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(
-                        mean(found), *interval(found), d=MEASURES[measure][1])
+            found = {data: differences(groups, measure, left, rivals, seeds, prefix)
+                     for data, seeds, prefix in zip(("patterns", "photographs"), last,
+                                                    ("", "cifar-")) if seeds}
+            sides = {data: values and side(sign, interval(values))
+                     for data, values in found.items()}
             all_sides += sides.values()
+            told = {data: mean_interval(values, MEASURES[measure][1])
+                    for data, values in found.items()}
             rows.append({"claim": claim if setting == settings[0][0] else "",
                          "difference": f"{measure}, {setting} {'<>'[sign > 0]} 0",
                          "runs": ", ".join(map(str, filter(None, last))),
-                         "patterns": cells["patterns"], "CIFAR-10": cells["photographs"],
+                         "patterns": told["patterns"], "CIFAR-10": told.get("photographs", "–"),
                          "verdict": verdict(sides)})
     return (f"{markdown(rows)}\n\nOf {len(all_sides)} comparisons, {all_sides.count(1)} intervals "
             f"exclude 0 in the direction stated, {all_sides.count(-1)} in the opposite one, "
