@@ -41,6 +41,7 @@ from torchvision import transforms
 import osc_qat
 import toy_oscillation
 import train
+from figures import tables
 from osc_qat import (ESTIMATORS, OscillationTracker, QuantConv2d, Quantizer, QuantLinear,
                      bn_kl_divergence, calibrate, cosine_anneal, dampening_loss, fake_quantize,
                      quant_layers, quantize_model, reestimate_bn)
@@ -2941,6 +2942,227 @@ def test_a_width_is_refused_by_a_network_that_has_none(capsys):
     with pytest.raises(SystemExit, match="2"):
         train.main("--model resnet18 --width 0.5".split())
     assert "--width: resnet18 has no" in capsys.readouterr().err
+
+
+# --- figures/tables.py: the numbers of the READMEs ------------------------------------------------
+
+def test_t_quantiles_leave_a_fortieth_of_the_density_above():
+    for freedom, quantile in enumerate(tables.T_975, 1):
+        x = torch.linspace(0, quantile, 100001, dtype=torch.float64)
+        scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2)
+        scale /= math.sqrt(freedom * math.pi)
+        density = scale * (1 + x * x / freedom) ** (-(freedom + 1) / 2)
+        assert abs(torch.trapezoid(density, x).item() - 0.475) < 1e-6, freedom
+
+
+def runs_of(group, gaps, top1=90.0):
+    """Rows of runs.csv of seeds 1, 2, ...; what a claim does not read is empty."""
+    empty = dict.fromkeys(("data", "network", "method", "weight_bits", "act_bits", "flags", "steps",
+                           *tables.SCORES, *tables.SHARES, "torch", "threads"), "")
+    return [{"run": f"{group}-seed{seed}", "seed": seed} | empty | {
+        "data": "CIFAR" if group.startswith("cifar") else "patterns", "weight_bits": 3,
+        "act_bits": 32, "pre_bn_loss": 1 + gap / 100, "post_bn_loss": 1, "pre_bn_top1": top1,
+        "post_bn_top1": top1 + seed, "edge": 10 + gap} for seed, gap in enumerate(gaps, 1)]
+
+
+def groups_of(path, *rows):
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0][0]))
+        table.writeheader()
+        table.writerows(itertools.chain(*rows))
+    return tables.read_csv(path)
+
+
+def claim_rows(groups, claim):
+    """Rows of the claim table below a claim, cell by cell."""
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]]
+             for line in tables.claims(groups).splitlines() if line.startswith("|")]
+    first, *others = cells[[row[0] for row in cells].index(claim):]
+    return [first, *itertools.takewhile(lambda row: not row[0], others)]
+
+
+def test_a_claims_numbers_are_those_of_a_plain_loop_over_the_seeds(tmp_path):
+    lsq, control = [9, 16, 27, 15, 33, 8, 20, 11, 2], [-1, 5, 0, 0, 1, -3, -1, 3, 3]
+    groups = groups_of(tmp_path / "runs.csv", runs_of("w3-lsq", lsq)[::-1],
+                       runs_of("control", control))
+    total = squares = 0
+    for a, b in zip(lsq, control):
+        total += a - b
+    for a, b in zip(lsq, control):
+        squares += (a - b - total / 9) ** 2
+    half = 2.306 * (squares / 8 / 9) ** 0.5  # 2.306: 8 degrees of freedom
+    row = claim_rows(groups, "BN goes stale under oscillation")[0]
+    told = f"+{total / 9:.1f} [+{total / 9 - half:.1f}, +{total / 9 + half:.1f}]"
+    assert row[2:] == ["9, 6", told, "open", "open"]
+    mean, deviation = sum(lsq) / 9, (sum((gap - sum(lsq) / 9) ** 2 for gap in lsq) / 8) ** 0.5
+    assert "| 9 | 90.0 ± 0.0 → 95.0 ± 2.7 | " in tables.results(groups)
+    assert f"| {mean:.1f} ± {deviation:.1f} | – |" in tables.results(groups)
+
+
+@pytest.mark.parametrize("sign, claim, left, right", [
+    (+1, "BN goes stale under oscillation", "w3-lsq", "control"),
+    (-1, "Freezing closes the gap", "w3-freeze", "w3-lsq")])
+@pytest.mark.parametrize("patterns, photographs, verdict", [
+    (+5, +5, "seen"), (+5, 0, "seen on patterns"), (+5, -5, "opposite"), (-5, +5, "opposite"),
+    (-5, 0, "opposite"), (0, +5, "not seen"), (0, 0, "not seen"), (+5, None, "open"),
+    (None, -5, "open")])
+def test_a_verdict_follows_the_plan(
+        sign, claim, left, right, patterns, photographs, verdict, tmp_path):
+    rows = []
+    for prefix, seeds, shift in (("", 9, patterns), ("cifar-", 6, photographs)):
+        noise = [(-1) ** seed for seed in range(seeds)]  # of mean 1/9 or 0
+        more = [] if shift is None else [sign * shift + each for each in noise]
+        rows += [runs_of(prefix + left, more), runs_of(prefix + right, [0] * seeds)]
+    row = claim_rows(groups_of(tmp_path / "runs.csv", *rows[::-1]), claim)[0]
+    assert row[-1] == verdict
+    assert [cell == "open" for cell in row[3:5]] == [patterns is None, photographs is None]
+
+
+def test_comparisons_are_counted_by_the_side_of_their_intervals(tmp_path):
+    groups = groups_of(tmp_path / "runs.csv", runs_of("w3-lsq", [9, 10, 11] * 3),
+                       runs_of("control", [0] * 9), runs_of("w4a4-lsq", [-9, -10, -11] * 3),
+                       runs_of("w4-lsq", [9, 10, 11, 11, 10, 9]))
+    # The two in the direction stated are W3's gap and share at the thresholds.
+    assert ("Of 34 comparisons, 2 intervals exclude 0 in the direction stated, 1 in the opposite "
+            "one, 1 in neither; 30 are open.") in " ".join(tables.claims(groups).split())
+    verdicts = [row[-1] for row in claim_rows(groups, "Fewer bits, larger gap")]
+    assert verdicts == ["open", "not seen"]
+
+
+def test_the_best_constant_is_the_best_by_its_mean(tmp_path):
+    rivals = [runs_of(f"w3-fth{each}", range(6), top1) for each, top1 in
+              (("0.004", 80), ("0.008", 89.5), ("0.016", 70), ("0.03", 60))]
+    groups = groups_of(tmp_path / "runs.csv", runs_of("w3-freeze", range(9)), *rivals)
+    assert claim_rows(groups, "Annealed beats constant")[0][3] == "+0.50 [+0.50, +0.50]"
+
+
+@pytest.mark.parametrize("recipe", [
+    ["--method=freeze", "--bits=3", "--act-bits=32"], ["--method=fp32"],
+    ["--method=lsq", "--model=mobilenet_v2", "--data=CIFAR", "--bits=4"]])
+@pytest.mark.parametrize("given, told", [
+    ("", ""), ("--seed 3 --output X --workers 1 --weights W --checkpoint-every 7", ""),
+    ("--lambda 0.30 3e-1 --threshold .008 0.0080", "--threshold 0.008 0.008 --lambda 0.3 0.3"),
+    ("--per-channel --estimator ewgs --weight-decay 0.000025",
+     "--estimator ewgs --per-channel --weight-decay 2.5e-05"), ("--steps 1000", "--steps 1000")])
+def test_flags_that_differ_are_told_in_one_way(recipe, given, told):
+    args = vars(train.parse([*recipe, *given.split()]))
+    if told and args["weight_decay"] == vars(train.parse(recipe))["weight_decay"]:
+        told = told.replace(" --weight-decay 2.5e-05", "")  # it is the default here
+    assert tables.flags_that_differ(json.loads(json.dumps(args))) == told
+    again = vars(train.parse([*recipe, *told.split()]))
+    assert all(again[key] == args[key] for key in args if key not in tables.PLACES | {"seed"})
+
+
+def made_up_run(folder, *flags):
+    """A folder as train.py leaves it; its network has two low-bit layers, or none in float."""
+    args = vars(train.parse([*flags, "--output", str(folder)]))
+    net = float_net() if args["method"] == "fp32" else small_net()
+    folder.mkdir(parents=True)
+    torch.save({"model": net.state_dict(), "tracker": OscillationTracker(net, 0.005).state_dict()},
+               folder / "last.pt")
+    scores = dict.fromkeys((*tables.SCORES, "oscillating", "frozen"), 1 / 3)
+    (folder / "summary.json").write_text(json.dumps({
+        "model": args["model"], "method": args["method"], "seed": args["seed"], "step": 768,
+        "weight_bits": args["bits"], "act_bits": args["act_bits"], "arguments": args} | scores))
+
+
+def test_slow_reversals_and_weights_at_the_thresholds_are_counted():
+    net, m = small_net(), 0.005
+    tracker, (dense, depthwise) = OscillationTracker(net, m), quant_layers(net, 4).values()
+    ages = [0, 100, 255, 256, 300]  # steps since the only reversal
+    for weight, age in enumerate(ages):
+        tracker.f[weight] = m
+        for _ in range(age):
+            tracker.f[weight:weight + 1].lerp_(torch.zeros(1), m)
+    tracker.f[10], dense.frozen.view(-1)[10] = 1.0, 1.0
+    gaps = [0.0, 0.44, 0.46, -0.46, -0.44, 0.499, -3.0]  # the last one is beyond the grid
+    with torch.no_grad():
+        scale = depthwise.weight_quantizer.scale
+        depthwise.weight.zero_().view(-1)[:7] = scale * (torch.tensor(gaps) - 1)
+    tracker.step()
+    tracker.f.div_(1 - m)  # as before this step
+    shares = tables.shares_of_weights(net.state_dict(), tracker.state_dict())
+    assert shares == pytest.approx({"reversed": 100 * 3 / tracker.f.numel(),
+                                    "edge": 100 * 3 / depthwise.weight.numel()})
+
+
+def test_finished_runs_become_a_table_and_anything_else_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    (tmp_path / "figures").mkdir()
+    with pytest.raises(SystemExit) as exit:
+        tables.main([])
+    assert exit.value.code == 2 and re.fullmatch(
+        r"figures\.tables: \S+runs\.csv: cannot be read.*--collect.*\n", capsys.readouterr().err)
+    runs = [tmp_path / "a" / name for name in ("w3-random-seed2", "control-seed1", "w3-lsq-seed1")]
+    low = ["--bits=3", "--act-bits=32"]
+    made_up_run(runs[0], "--method=freeze", "--seed=2", "--threshold", ".008", ".008", *low)
+    made_up_run(runs[1], "--method=fp32", "--seed=1", "--weights=W", "--epochs=3")
+    made_up_run(runs[2], "--method=lsq", "--seed=1", "--data=photos/CIFAR", "--lr=0.5",
+                "--model=mobilenet_v2_short", *low)
+    tables.main(["--collect", *map(str, runs)])
+    written = (tmp_path / "figures/runs.csv").read_bytes()
+    tables.main(["--collect", *map(str, runs[::-1])])
+    assert (tmp_path / "figures/runs.csv").read_bytes() == written
+    rows = list(csv.DictReader(written.decode().splitlines()))
+    assert [[row[key] for key in ("run", "data", "method", "seed", "flags", "steps", "oscillating",
+                                  "fp32_top1", "threads")] for row in rows] == [
+        ["control-seed1", "patterns", "control", "1", "--epochs 3", "768", "", "0.333333", "1"],
+        ["w3-lsq-seed1", "CIFAR", "lsq", "1", "--lr 0.5", "768", "0.333333", "0.333333", "1"],
+        ["w3-random-seed2", "patterns", "random", "2", "--threshold 0.008 0.008", "768",
+         "0.333333", "0.333333", "1"]]
+    assert [row["edge"] == "" for row in rows] == [True, False, False]
+    (tmp_path / "unfinished").mkdir()
+    made_up_run(tmp_path / "broken", "--method=lsq")
+    (tmp_path / "broken/last.pt").write_bytes(b"PK")
+    made_up_run(tmp_path / "b/w3-lsq-seed1", "--method=lsq")
+    capsys.readouterr()
+    for folder, said in (("unfinished", "no finished run"), ("broken", "no finished run"),
+                         ("b/w3-lsq-seed1", "second run of this name")):
+        with pytest.raises(SystemExit) as exit:
+            tables.main(["--collect", str(runs[2]), str(tmp_path / folder)])
+        told = capsys.readouterr().err
+        assert exit.value.code == 2 and told.count("\n") == 1 and said in told
+        assert told.startswith(f"figures.tables: --collect {tmp_path / folder}: ")
+        assert (tmp_path / "figures/runs.csv").read_bytes() == written
+
+
+def test_tables_are_written_between_their_markers_and_nowhere_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    (tmp_path / "figures").mkdir()
+    groups = groups_of(tmp_path / "figures/runs.csv", runs_of("w3-lsq", range(9)))
+    block = "<!-- figures.tables: {} -->{}<!-- /figures.tables -->"
+    for document in tables.DOCUMENTS:
+        (tmp_path / document).write_text(
+            f"A\n{block.format('results', ' old ')}\nB\n{block.format('nothing', ' kept ')}\nC")
+    new = block.format("results", f"\n\n{tables.results(groups)}\n\n")
+    for _ in range(2):
+        tables.main(["--write"])
+        for document in tables.DOCUMENTS:
+            text = (tmp_path / document).read_text()
+            assert text == f"A\n{new}\nB\n{block.format('nothing', ' kept ')}\nC"
+
+
+def test_every_table_of_the_readmes_is_what_the_command_prints_and_none_is_missing():
+    made = tables.blocks(tables.read_csv(ROOT / "figures/runs.csv"))
+    found = [tables.marked((ROOT / document).read_text()) for document in tables.DOCUMENTS]
+    for name, block in itertools.chain(*(each.items() for each in found)):
+        assert block == made.get(name), f"{name}: run python -m figures.tables --write"
+    waiting = set() if found[0] else {"results", "claims"}  # until README.md has its markers
+    assert set().union(*found) == set(made) - waiting
+
+
+def test_the_runs_of_a_group_differ_in_their_seeds_only_and_no_seed_was_added():
+    with (ROOT / "figures/runs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["run"] for row in rows}) == len(rows)
+    settings = {}
+    for row in rows:
+        group = row["run"].removesuffix(f"-seed{row['seed']}")
+        assert 1 <= int(row["seed"]) <= (6 if row["data"] == "CIFAR" else 9)
+        settings.setdefault(group, set()).add(tuple(row[key] for key in (
+            "data", "network", "method", "weight_bits", "act_bits", "flags", "steps", "torch",
+            "threads")))
+    assert all(len(each) == 1 for each in settings.values())
 
 
 # --- README ---------------------------------------------------------------------------------------
