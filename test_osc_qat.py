@@ -274,6 +274,8 @@ def test_initial_scale_is_the_best_of_a_dense_search(bits, signed, per_channel):
         assert (ours - x).square().sum() <= 1.01 * errors.min()
     q.initialize(torch.zeros(3, 5))
     assert (q.scale == 1).all()
+    q.initialize(torch.full((3, 5), 1e-20))
+    assert (q.scale > 0).all()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 7, 8])
