@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -1386,7 +1387,7 @@ def test_toy_random_input_slows_and_widens_the_swing_and_keeps_the_mean():
 
 @pytest.mark.parametrize("estimator, factor", (("ewgs", 0.9), ("psg", 0.51), ("dsq", 2.5339)))
 def test_toy_multiplicative_estimators_rescale_the_swing_and_cannot_stop_it(estimator, factor):
-    """A.1, A.3, Figure 1; factor: what the estimator gives a gradient at the threshold."""
+    """A.1 (DSQ: Gong et al. 2019), A.3; factor: what it gives a gradient at the threshold."""
     d = toy_targets(0.1, 0.45)[2]
     w, w_hat = toy_swings(0.1, 0.45, lr=0.004, steps=450, estimator=estimator)
     assert_close(toy_cycles(w_hat), d / 0.1, rtol=0.02, atol=0)
@@ -1397,6 +1398,16 @@ def test_toy_dsq_departs_from_d_over_s_at_a_large_learning_rate():
     """Its factor falls off around the threshold; w gets further, and stays, on the nearer side."""
     w_hat = toy_swings(0.1, 0.3, lr=0.1, steps=400, estimator="dsq")[1]
     assert (toy_cycles(w_hat) < 0.9 * toy_targets(0.1, 0.3)[2] / 0.1).all()
+
+
+@pytest.mark.parametrize("estimator, low, high", (("ste", 0.49, 0.5), ("ewgs", 0.49, 0.5),
+                                                  ("psg", 0.3, 0.36), ("dsq", 0.3, 0.36)))
+def test_toy_falling_factors_lose_swings_where_the_target_is_halfway(estimator, low, high):
+    """d = s/2, caption of Figure 5: a step back, shorter than the step out, often falls short."""
+    for lr in (0.1, 0.01):
+        settings = dict(lr=lr, steps=1000, estimator=estimator, start=0.15)
+        w_hat = toy_oscillation.simulate(0.15, **settings)[1]
+        assert low < (w_hat.diff() != 0).double().mean() / 2 <= high
 
 
 def test_toy_dampening_pulls_the_weight_off_the_threshold():
@@ -1457,6 +1468,37 @@ def test_toy_dampening_holds_a_weight_that_comes_from_afar_at_the_first_such_poi
         assert_close(means[clear], w_hat[-1][clear])
 
 
+@pytest.mark.parametrize("estimator, factor", (("ste", 1), ("psg", 0.51)))
+@pytest.mark.parametrize("strength", (0.0, 0.1, 0.15))
+def test_toy_prediction_holds_where_dampening_is_too_weak_to_stop(estimator, factor, strength):
+    """Eq. 5, lambda < d/s: w steps lr (d - lambda s) out and lr (s - d - lambda s) back."""
+    target, point, d = toy_targets(0.2, 0.45)
+    settings = dict(lr=0.002, estimator=estimator, dampening=strength * factor)
+    w, w_hat = toy_swings(0.2, 0.45, steps=1050, **settings)
+    out, back = d - strength * 0.1, 0.1 - d - strength * 0.1
+    share = out / (out + back)  # of time on the far side
+    laws = [toy_oscillation.predict(toy_oscillation.Toy(w_star, **settings), used)
+            for w_star, used in zip(target.tolist(), point.tolist())]
+    for key, right, got in (
+            ("frequency", share, toy_cycles(w_hat)),
+            ("mean q(w)", point + (target - point).sign() * 0.1 * share, w_hat.mean(0)),
+            ("height", 0.002 * factor * back, toy_height(w))):
+        assert_close(torch.tensor([law[key] for law in laws]).double(), right)
+        assert_close(got, right, rtol=0.03, atol=0.0003)
+
+
+@pytest.mark.parametrize("share", (0.1, 0.25, 0.4))
+@pytest.mark.parametrize("times, freezes", ((1.2, True), (2, True), (2.2, False)))
+def test_toy_prediction_holds_for_freezing_up_to_two_reversals_a_cycle(share, times, freezes):
+    """Algorithm 1: f_t wavers around 2 d/s by m, so that it passes an f_th of 2 d/s as well."""
+    toy = toy_oscillation.Toy(0.1 + 0.1 * share, lr=0.1, steps=1060, start=0.15, cure_after=1000,
+                              freeze_threshold=times * share)
+    w_hat = toy_oscillation.simulate(**asdict(toy))[1]
+    law = toy_oscillation.predict(toy, w_hat[1000].item())
+    assert (w_hat[1030:] == w_hat[-1]).all() == freezes == (law["frequency"] == 0)
+    assert law["mean q(w)"] == pytest.approx(0.1 if freezes else toy.target)
+
+
 @pytest.mark.parametrize("threshold, freezes", ((0.02, True), (0.95, False)))
 def test_toy_freezing_pins_the_more_frequent_state(threshold, freezes):
     """Algorithm 1: round(EMA(w_int)); with two reversals a cycle, f_th above 2 d/s freezes none."""
@@ -1475,10 +1517,10 @@ def test_toy_target_on_a_grid_point_stays():
     assert (w[-1] - target).abs().max() < 1e-12 and (w_hat == w_hat[0]).all()
 
 
-TOY_BAD = ("--target 5", "--target nan", "--lr 0", "--lr -0.1", "--lr nan", "--lr fast", "--lr",
-           "--estimator none", "--steps 0", "--steps 1.5", "--dampening -1", "--freeze-threshold 1",
-           "--cure-after -1", "--colour", "--json /no/such/folder/toy.json", "--plot toy.png",
-           "--plot toy.gif")
+TOY_BAD = ("--target 0.701", "--target 0.8", "--target -0.9", "--target nan", "--lr 0", "--lr -0.1",
+           "--lr nan", "--lr fast", "--lr", "--estimator none", "--steps 0", "--steps 1.5",
+           "--dampening -1", "--freeze-threshold 1", "--cure-after -1", "--colour",
+           "--json /no/such/folder/toy.json", "--plot toy.png", "--plot toy.gif")
 
 
 @pytest.mark.parametrize("line", TOY_BAD)
@@ -1503,6 +1545,11 @@ def test_toy_prints_both_phases_and_a_table_that_holds(capsys, tmp_path):
     travel, swing = out.split("--- travel")[1].split("--- swing")
     assert "q(w) = 0.2" not in travel and travel.count("q(w) = 0.1") > 10
     assert swing.count("q(w) = 0.1") > 20 and swing.count("q(w) = 0.2") > 8
+    lines = re.findall(r"^ *\d+  (.)(.{51})(.)  q\(w\) = (\S+)$", out, re.M)
+    for left, cells, right, point in lines:
+        assert left + right == {"0.1": "#|", "0.2": "|#"}[point]
+        assert cells.index("o") <= 25 if point == "0.1" else cells.index("o") >= 25
+    assert len(lines) > 50
     results = json.loads(path.read_text())
     assert results["settings"]["target"] == 0.1313 and len(results["table"]) == 3
     for row, lr in zip(results["table"], (0.1, 0.01, 0.001)):
@@ -1510,6 +1557,7 @@ def test_toy_prints_both_phases_and_a_table_that_holds(capsys, tmp_path):
                          ("height", lr * 0.0687)):
             measured, predicted = row[key]
             assert predicted == pytest.approx(law) and measured == pytest.approx(law, rel=0.01)
+        assert row["q(w)"].count("#") in (6, 7) and f" {row['q(w)']}\n" in out
 
 
 @pytest.mark.parametrize("scale", (0, -1, math.inf, math.nan))
@@ -1527,6 +1575,9 @@ def test_toy_compare_has_every_estimator_and_both_cures(capsys, tmp_path):
     assert list(rows)[:len(ESTIMATORS)] == list(ESTIMATORS) and all(name in out for name in rows)
     cured = [name for name, row in rows.items() if row["frequency"] == row["height"]]
     assert cured == ["ste, dampening", "ste, freezing"] and rows[cured[0]]["frequency"] == [0, 0]
+    for name in cured:
+        measured, predicted = rows[name]["mean q(w)"]
+        assert measured == pytest.approx(predicted) and round(measured, 9) in (0.1, 0.2)
 
 
 def test_toy_interrupt_ends_with_the_table_so_far(capsys, monkeypatch):
@@ -1552,30 +1603,65 @@ def test_toy_figure_5_draws_every_estimator(monkeypatch):
     monkeypatch.setattr(toy_oscillation, "simulate", lambda target, *_, steps, **__: [
         torch.zeros(steps, *torch.as_tensor(target).shape)] * 2)
     toy_oscillation.draw_figures(figure, toy_oscillation.Toy(0.127, lr=0.1))
+    titles = [panel.get_title() for panel in figure.axes]
+    for title, name in zip(titles, ("STE", "EWGS", "DSQ", "PSG")):
+        assert name in title
     panel, = (panel for panel in figure.axes if panel.get_title().startswith("Fig. 5"))
     legend = [text.get_text() for text in panel.get_legend().get_texts()]
     assert set(legend) >= {name.upper() for name in (*ESTIMATORS, *names)}
 
 
-def test_toy_gif_moves_ends_as_predicted_and_is_small(tmp_path):
+def toy_cures(figure):
+    """The lines of the .gif, with their traces: no cure, dampening, freezing; each q(w), then w."""
+    toy = toy_oscillation.Toy(0.127, lr=0.1, steps=72, cure_after=36)
+    cured = {name: replace(toy, **cure) for name, cure in toy_oscillation.CURES.items()}
+    return toy_oscillation.draw_weights(figure, {"no cure": toy} | cured)
+
+
+def test_toy_gif_shows_the_way_to_the_threshold_and_then_what_cures_do():
+    """w passes w* and goes on; lambda = 1 ends at q(w) + d / (2 lambda), freezing on q(w)."""
     figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is optional").Figure()
-    toy = toy_oscillation.Toy(0.127, lr=0.1)
-    lines = toy_oscillation.draw_cures(figure, toy, 60)
-    assert [panel.get_title() for panel in figure.axes] == [
-        "STE: swings for ever", "dampening: rests on 0.1", "freezing: pinned to 0.1"]
-    ends = [trace[40:].unique().tolist() for _, trace in lines[::2]]
-    assert [len(end) for end in ends] == [2, 1, 1]
-    toy_oscillation.plot(toy, tmp_path / "toy.gif", steps=12)
+    lines = toy_cures(figure)
+    for (_, w_hat), (_, w), end in zip(lines[::2], lines[1::2], (None, 0.1135, 0.1)):
+        assert w[0].item() == pytest.approx(0.11) and (w_hat[:15] - 0.1).abs().max() < 1e-12
+        assert w[:15].max() > 0.127 + 0.01 and (w_hat[15:36] - 0.2).abs().min() < 1e-12
+        assert w_hat[50:].unique().numel() == (2 if end is None else 1)
+        assert end is None or w[-1].item() == pytest.approx(end, abs=1e-4)
+
+
+def test_toy_gif_tells_no_more_than_it_has_shown():
+    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is optional").Figure()
+    lines, names = toy_cures(figure), ["no cure", "dampening", "freezing"]
+    for t in range(1, 73):
+        toy_oscillation.draw_frame([(line, trace[:t]) for line, trace in lines], t)
+        titles = [panel.get_title() for panel in figure.axes]
+        toy_oscillation.draw_frame(lines, t)
+        assert titles == [panel.get_title() for panel in figure.axes]  # whatever comes later
+        for title, name, (line, w_hat) in zip(titles, names, lines[::2]):
+            assert line.get_ydata().tolist() == w_hat[:t].tolist()
+            if w_hat[:t].unique().numel() == 1:
+                assert title == name
+            elif w_hat[max(t - 15, 0):t].unique().numel() > 1:
+                assert title == f"{name}: q(w) swings"
+            else:
+                assert title == f"{name}: q(w) rests on 0.1" and (w_hat[t:] == w_hat[t - 1]).all()
+    assert titles == ["no cure: q(w) swings", "dampening: q(w) rests on 0.1",
+                      "freezing: q(w) rests on 0.1"]
+
+
+def test_toy_gif_moves_and_is_small(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is optional")
+    toy_oscillation.plot(toy_oscillation.Toy(0.127, lr=0.1), tmp_path / "toy.gif", steps=12)
     with Image.open(tmp_path / "toy.gif") as gif:
         assert gif.n_frames == 12 and gif.size == (800, 360) and gif.info["loop"] == 0
     shown = ROOT / "figures/toy_oscillation.gif"
     with Image.open(shown) as gif:
-        assert gif.n_frames == 60 and shown.stat().st_size < 300_000
+        assert gif.n_frames == 72 and shown.stat().st_size < 250_000
 
 
 @pytest.mark.parametrize("file, named", (("/no/such/folder/toy.gif", "/no/such/folder"),
                                          ("/no/such/folder/toy.png", "/no/such/folder"),
-                                         ("toy.xyz", "xyz")))
+                                         ("toy.xyz", "xyz"), ("", "Format ''")))
 def test_toy_plot_that_cannot_be_written_gets_one_line(file, named, capsys, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is optional")
     monkeypatch.chdir(tmp_path)
@@ -1585,6 +1671,18 @@ def test_toy_plot_that_cannot_be_written_gets_one_line(file, named, capsys, monk
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and not out and err.count("\n") == 1 and named in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("line, status", (
+    ("toy_oscillation.py --steps 30 >&-", 0), ("toy_oscillation.py --help >&-", 0),
+    ("toy_oscillation.py --steps 30 --json {} >&- 2>&-", 0),
+    ("toy_oscillation.py --steps 0 2>&-", 2), ("-OO toy_oscillation.py --steps 30 >{}", 0)))
+def test_toy_runs_with_closed_streams_and_without_docstrings(line, status, tmp_path):
+    file = tmp_path / "out"
+    command = f'exec "$0" -W error {line.format(file)}'
+    done = subprocess.run(["sh", "-c", command, sys.executable], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, b"", b"")
+    assert str(file) not in command or "mean q(w)" in file.read_text()
 
 
 # --- train.py: recipes, schedule, and the step ----------------------------------------------------
