@@ -229,9 +229,9 @@ def group_row(runs: dict[int, dict]) -> dict[str, str]:
 
 
 def results(groups: dict) -> str:
-    """The methods at W3 and W4A4, and the control: means, and the gap's standard deviation."""
-    names = [f"{data}{setting}" for data in ("cifar-", "") for setting in (
-        "w3-lsq", "w3-dampen", "w3-freeze", "w4a4-lsq", "w4a4-dampen", "w4a4-freeze", "control")]
+    """The methods at W3, and the control: means, and the gap's standard deviation."""
+    names = [f"{data}{setting}" for data in ("cifar-", "")
+             for setting in ("w3-lsq", "w3-dampen", "w3-freeze", "control")]
     columns = ("data", "W/A", "method", "runs", "gap %", "osc. %")
     rows = []
     for runs in (groups[name] for name in names if name in groups):
