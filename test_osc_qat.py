@@ -1549,7 +1549,8 @@ def test_toy_prints_both_phases_and_a_table_that_holds(capsys, tmp_path):
     for left, cells, right, point in lines:
         assert left + right == {"0.1": "#|", "0.2": "|#"}[point]
         assert cells.index("o") <= 25 if point == "0.1" else cells.index("o") >= 25
-    assert len(lines) > 50
+    columns = [cells.index("o") for _, cells, _, _ in lines[-30:]]
+    assert len(lines) > 50 and max(columns) - min(columns) > 8  # 3 if not magnified
     results = json.loads(path.read_text())
     assert results["settings"]["target"] == 0.1313 and len(results["table"]) == 3
     for row, lr in zip(results["table"], (0.1, 0.01, 0.001)):
@@ -1568,7 +1569,7 @@ def test_toy_refuses_a_scale_that_makes_no_grid(scale):
 
 def test_toy_compare_has_every_estimator_and_both_cures(capsys, tmp_path):
     path = tmp_path / "toy.json"
-    command = f"--compare --steps 200 --cure-after 100 --json {path}"
+    command = f"--compare --steps 200 --cure-after 100 --estimator dsq --dampening 1 --json {path}"
     assert toy_oscillation.main(command.split()) == 0
     out = capsys.readouterr().out
     rows = {row["setting"]: row for row in json.loads(path.read_text())["table"]}
@@ -1590,7 +1591,7 @@ def test_toy_interrupt_ends_with_the_table_so_far(capsys, monkeypatch):
     monkeypatch.setattr(toy_oscillation, "oscillate", interrupted)
     assert toy_oscillation.main([]) == 0
     out = capsys.readouterr().out
-    assert "interrupted" in out and "300 of 2000" in out and "mean q(w)" in out
+    assert out.count("interrupted") == 1 and "300 of 2000" in out and "mean q(w)" in out
 
 
 def test_toy_figure_5_draws_every_estimator(monkeypatch):
@@ -1599,16 +1600,23 @@ def test_toy_figure_5_draws_every_estimator(monkeypatch):
     names = [f"fifth{i}" for i in range(9)]
     for name in names:
         monkeypatch.setitem(ESTIMATORS, name, ESTIMATORS["ste"])
-    # Flat traces: what is measured is the other tests' matter, and takes long.
-    monkeypatch.setattr(toy_oscillation, "simulate", lambda target, *_, steps, **__: [
-        torch.zeros(steps, *torch.as_tensor(target).shape)] * 2)
+    drawn = []
+
+    def flat(target, *_, steps, estimator="ste", **__):  # a true one takes long
+        drawn.append((estimator, torch.as_tensor(target).numel()))
+        return [torch.zeros(steps, *torch.as_tensor(target).shape)] * 2
+
+    monkeypatch.setattr(toy_oscillation, "simulate", flat)
     toy_oscillation.draw_figures(figure, toy_oscillation.Toy(0.127, lr=0.1))
     titles = [panel.get_title() for panel in figure.axes]
     for title, name in zip(titles, ("STE", "EWGS", "DSQ", "PSG")):
         assert name in title
     panel, = (panel for panel in figure.axes if panel.get_title().startswith("Fig. 5"))
     legend = [text.get_text() for text in panel.get_legend().get_texts()]
-    assert set(legend) >= {name.upper() for name in (*ESTIMATORS, *names)}
+    assert set(legend) >= {name.upper() for name in ESTIMATORS}
+    assert {name for name, weights in drawn if weights == 25} == set(ESTIMATORS) >= set(names)
+    legend = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
+    assert legend == ["lr = 0.1", "lr = 0.033", "lr = 0.01"]
 
 
 def toy_cures(figure):
@@ -1649,14 +1657,25 @@ def test_toy_gif_tells_no_more_than_it_has_shown():
                       "freezing: q(w) rests on 0.1"]
 
 
-def test_toy_gif_moves_and_is_small(tmp_path):
+def test_toy_gif_moves_lingers_on_its_end_and_is_small(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is optional")
+    toys = []
+
+    def recorded(figure, named, draw=toy_oscillation.draw_weights):
+        toys.append(named)
+        return draw(figure, named)
+
+    monkeypatch.setattr(toy_oscillation, "draw_weights", recorded)
     toy_oscillation.plot(toy_oscillation.Toy(0.127, lr=0.1), tmp_path / "toy.gif", steps=12)
-    with Image.open(tmp_path / "toy.gif") as gif:
-        assert gif.n_frames == 12 and gif.size == (800, 360) and gif.info["loop"] == 0
+    assert [toy.onset for toy in toys[0].values()] == [math.inf, 6, 6]
     shown = ROOT / "figures/toy_oscillation.gif"
-    with Image.open(shown) as gif:
-        assert gif.n_frames == 72 and shown.stat().st_size < 250_000
+    for file, steps in ((tmp_path / "toy.gif", 12), (shown, toy_oscillation.plot.__defaults__[0])):
+        with Image.open(file) as gif:
+            assert gif.n_frames == steps and gif.size == (800, 360) and gif.info["loop"] == 0
+            assert gif.info["duration"] == 100
+            gif.seek(steps - 1)
+            assert gif.info["duration"] == 3000
+    assert shown.stat().st_size < 250_000
 
 
 @pytest.mark.parametrize("file, named", (("/no/such/folder/toy.gif", "/no/such/folder"),
@@ -1683,6 +1702,13 @@ def test_toy_runs_with_closed_streams_and_without_docstrings(line, status, tmp_p
     done = subprocess.run(["sh", "-c", command, sys.executable], cwd=ROOT, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (status, b"", b"")
     assert str(file) not in command or "mean q(w)" in file.read_text()
+
+
+def test_toy_ends_without_a_word_when_nobody_reads_on():
+    command = '"$0" toy_oscillation.py --steps 300 | head -n 1'
+    done = subprocess.run(["sh", "-c", command, sys.executable], cwd=ROOT, capture_output=True)
+    assert done.stdout.startswith(b"w* = 0.127") and done.stdout.count(b"\n") == 1
+    assert done.stderr == b""
 
 
 # --- train.py: recipes, schedule, and the step ----------------------------------------------------

@@ -287,7 +287,7 @@ def parse(argv: list[str] | None) -> tuple[Toy, argparse.Namespace]:
             ("steps", int, 2000, "iterations"),
             ("estimator", str, "ste", f"gradient estimator: {', '.join(ESTIMATORS)}"),
             ("dampening", float, 0.0, "lambda of Eq. 5; d/s or more brings w to rest"),
-            ("freeze-threshold", float, None, "f_th of Algorithm 1: below 2 d/s it freezes w"),
+            ("freeze-threshold", float, None, "f_th of Algorithm 1: up to 2 d/s it freezes w"),
             ("cure-after", int, 500, "iteration from which dampening and freezing act"),
             ("plot", Path, None, "first draw Figures 1, 5 and 6 or, into a .gif, both cures"),
             ("json", Path, None, "write what the table prints into this file")):
