@@ -104,6 +104,8 @@ class FakeQuantize(torch.autograd.Function):
     def forward(ctx, x, scale, int_min, int_max, estimator, *frozen):
         # w_hat = s clip(round(w / s), n, p)                                                 Eq. 1
         x_hat = quantize_to_int(x, scale, int_min, int_max, *frozen).mul_(scale).to(x.dtype)
+        if torch.compiler.is_compiling():  # torch 2.11 hands out each step in place, all one tensor
+            x_hat = x_hat.clone()  # with x_hat, and the last of them would get the gradient
         ctx.save_for_backward(x, x_hat, scale, *frozen)
         ctx.grid = int_min, int_max, estimator
         return x_hat
