@@ -1214,10 +1214,12 @@ def onnx():
     return pytest.importorskip("onnx", reason="pip install onnx onnxruntime to test the export")
 
 
-def session(content, optimize=True):
+def session(content, optimize=True, exact="0"):
+    """`exact` is for processors without 8-bit instructions that cannot overflow."""
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
+    options.add_session_config_entry("session.x64quantprecision", exact)
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     loaded = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
@@ -1267,8 +1269,8 @@ def test_onnxruntime_computes_the_same_logits(onnx, name, bits, act_bits, per_ch
     x = batches[0]
     expected = net.eval()(x).detach()
     assert expected.std(0).mean() > 0.01 * expected.abs().max()  # the network is alive
-    for optimize in (True, False):
-        run = session(content, optimize)
+    for options in ({}, {"optimize": False}, {"exact": "1"}):
+        run = session(content, **options)
         logits = torch.cat([run(x[:1]), run(x[1:])])
         # A sum in another order may cross a threshold of Eq. 1, and the layers after it amplify one
         # step (PyTorch beside itself in float64 has as many): most images have no such crossing.
@@ -1276,6 +1278,35 @@ def test_onnxruntime_computes_the_same_logits(onnx, name, bits, act_bits, per_ch
         close = error < 1e-4
         assert close.float().mean() > 0.5 and error.max() < 0.3
         assert_same(logits[close].argmax(1), expected[close].argmax(1))
+
+
+class Tokens(nn.Module):
+    """Linear layers on (N, 16, 12), (N, 16, 32) and (N, 16), the last in front of a ReLU and one."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.first, self.middle = nn.Linear(12, 32, bias), nn.Linear(32, 16, bias)
+        self.head = nn.Sequential(nn.Linear(16, 64, bias), nn.ReLU(), nn.Linear(64, 5, bias))
+
+    def forward(self, x):
+        x = x.unflatten(2, (4, 2)).unflatten(4, (4, 2)).permute(0, 2, 4, 1, 3, 5)
+        x = nn.functional.gelu(self.first(x.flatten(3).flatten(1, 2)))
+        return self.head(self.middle(x).mean(1))
+
+
+@PER_CHANNEL
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bits, act_bits", [(4, 4), (8, 8), (4, None), (8, None)])
+def test_onnxruntimes_optimiser_leaves_linear_layers_alone(onnx, bits, act_bits, bias, per_channel):
+    """It has fused them into kernels that quantize inputs or biases anew, or failed to load them."""
+    net = quantize_model(Tokens(bias), bits, act_bits, per_channel=per_channel).eval()
+    x = torch.randn(16, 3, 8, 8)
+    calibrate(net, [x])
+    content = osc_qat.export_onnx(net, (3, 8, 8), {})
+    assert_integers(onnx, content, net)
+    for options in ({}, {"optimize": False}, {"exact": "1"}):
+        error = (session(content, **options)(x) - net(x)).abs().amax(1) / net(x).abs().max()
+        assert error.median() < 1e-5  # one that crosses a threshold is another sum's
 
 
 @GRIDS
