@@ -2017,6 +2017,38 @@ def test_an_exported_network_scores_as_its_checkpoint(pictures, fp32, tmp_path, 
     assert 100 * right.float().mean().item() == pytest.approx(scores["post_bn_top1"])
 
 
+@pytest.mark.parametrize("size", [20, 28])
+@pytest.mark.parametrize("weights", ["random", "imagenet's", "tensorflow's"])
+def test_a_network_of_the_patterns_is_exported_with_what_they_went_through(
+        weights, size, few_patterns, tmp_path, capsys, onnx):
+    """Scored as the README does it, the metadata applied to the patterns: as its checkpoint."""
+    model, flags = "mobilenet_v2_short", []
+    if weights == "tensorflow's":
+        model, names = "efficientnet_lite0", ["_conv_stem.weight"]
+        state = train.build_model(model, 10, inputs=train.TENSORFLOW).state_dict()
+        names += [f"{k}.{name.rpartition('.')[2]}" for k, name in enumerate(list(state)[1:])]
+        torch.save(dict(zip(names, state.values())), tmp_path / "w.pt")
+    elif weights == "imagenet's":
+        torch.save(train.build_model(model, 10).state_dict(), tmp_path / "w.pt")
+    if weights != "random":
+        flags = ["--weights", tmp_path / "w.pt"]
+    assert train.main(split("--method lsq --bits 8 --steps 8 --bn-batches 2 --batch-size 16 --model",
+                            model, "--image-size", size, "--output", tmp_path / "run", *flags)) == 0
+    capsys.readouterr()
+    assert train.main(split("--evaluate", tmp_path / "run/last.pt", "--export",
+                            tmp_path / "net.onnx")) == 0
+    scores = json.loads(capsys.readouterr().out)
+    content = (tmp_path / "net.onnx").read_bytes()
+    facts = {each.key: each.value for each in onnx.load_from_string(content).metadata_props}
+    mean, std = (torch.tensor(json.loads(facts[key])).view(3, 1, 1) for key in ("mean", "std"))
+    assert json.loads(facts["resize"]) == json.loads(facts["image_size"]) == size
+    images, labels = train.generate_patterns("val", 2048)
+    images = nn.functional.interpolate(images, size=json.loads(facts["resize"]), mode="bilinear")
+    logits = session(content)((images - mean) / std)
+    loss = nn.functional.cross_entropy(logits, labels).item()
+    assert loss == pytest.approx(scores["post_bn_loss"], rel=0.02)
+
+
 def test_odd_pictures_are_read_and_unreadable_ones_named_and_counted(
         pictures, fp32, tmp_path, capsys):
     root = tmp_path / "data"

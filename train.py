@@ -10,9 +10,8 @@ DIR has the ImageNet layout: train/CLASS/*.jpg and val/CLASS/*.jpg. A run writes
 best.pt and summary.json into --output. The method itself is in osc_qat.py; here it is four calls:
 dampening_loss, optimizer.step, tracker.step (which freezes), and reestimate_bn before scoring.
 
-Nothing random depends on what ran before: batches, crops and dropout are functions of the seed, the
-epoch, and the picture or step. So a checkpoint is the network, its optimizers, the tracker, and how
-many steps are done, and a run that was killed goes on to the same end.
+Nothing random depends on what ran before: batches, crops and dropout follow from the seed, epoch,
+and picture or step. So a run that was killed goes on from its last checkpoint to the same end.
 """
 
 import argparse
@@ -101,9 +100,6 @@ def recipe(args: argparse.Namespace) -> dict:
 
 # --- The loop -------------------------------------------------------------------------------------
 
-SCORES = ("pre_bn_top1", "pre_bn_loss", "post_bn_top1", "post_bn_loss")
-
-
 def schedule(args: argparse.Namespace, progress: float) -> tuple[float, float, float | None]:
     """Learning rate, lambda, and f_th (None: nothing freezes) at a share of training, 0..1."""
     method = METHODS[args.method]
@@ -184,9 +180,10 @@ def reestimate(run: "Run") -> None:
 
 def scores(run: "Run") -> dict[str, float]:
     """Scores before and after BN re-estimation, which the network keeps."""
+    names = "pre_bn_top1", "pre_bn_loss", "post_bn_top1", "post_bn_loss"
     pre = validate(run)
     reestimate(run)
-    return dict(zip(SCORES, (*pre, *validate(run))))
+    return dict(zip(names, (*pre, *validate(run))))
 
 
 def finish_epoch(run: "Run", epoch: int) -> None:
@@ -340,7 +337,7 @@ class Run:
         self.tracker = OscillationTracker(model, args.osc_momentum)
         self.wrapped_model = model
         if dist.is_initialized():
-            # The ranks' BN statistics are averaged where they are used; trackers need no word.
+            # BN statistics are averaged where they are used; the trackers agree by themselves.
             self.wrapped_model = nn.parallel.DistributedDataParallel(model)
             self.wrapped_model.broadcast_buffers = False  # torch 2.14 renamed the argument
         if args.compile:
@@ -369,10 +366,9 @@ class Run:
 
     def load(self, data: "Pictures", batches: list[Tensor]):
         """These batches of the data set, (N, 3, H, W) and labels (N,)."""
-        workers = self.args.workers if self.args.data else 0
-        return iter(DataLoader(
-            data, batch_sampler=[indices.tolist() for indices in batches], num_workers=workers,
-            pin_memory=self.device.type == "cuda"))
+        return iter(DataLoader(data, batch_sampler=[indices.tolist() for indices in batches],
+                               num_workers=self.args.workers if self.args.data else 0,
+                               pin_memory=self.device.type == "cuda"))
 
     def parts(self, images: Tensor, labels: Tensor):
         """A batch in the parts of --accumulate, of 2 images or more: batch norm needs them."""
@@ -405,9 +401,9 @@ class Run:
 def generate_patterns(part: str, number: int, size: int = 20) -> tuple[Tensor, Tensor]:
     """Images (number, 3, size, size), of about unit variance, and labels (number,), 0..9.
 
-    A blurred random pattern of the image's class, a weaker one of another class, each shifted and
-    flipped, under noise with natural statistics: coarse fields are stronger than fine ones, gray is
-    stronger than colour. Such images move a channel's mean together, as photographs do.
+    A blurred random pattern of the image's class and a weaker one of another, shifted and flipped,
+    under noise that is stronger where it is coarse, and in gray. So a channel's mean moves from
+    image to image, as in photographs.
     """
     enlarge = partial(F.interpolate, size=(size, size), mode="bicubic")
     patterns = enlarge(torch.randn(10, 3, 6, 6, generator=generator("patterns")))
@@ -524,11 +520,11 @@ SHORT_MODELS = ("mobilenet_v2_short", "mobilenet_v2_short_dense")
 MODELS = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_lite0",
           "resnet18", *SHORT_MODELS)
 WITH_WIDTH = ("mobilenet_v2", *SHORT_MODELS)
-# What weights expect of their pictures: mean and std in 0..1 units; the shorter side, before a
-# centre crop of size 1. And of their network: BN's eps, TensorFlow's padding. "of" is for the user.
+# What weights expect of pictures: mean and std in 0..1 units; the shorter side, before a centre
+# crop of size 1. And of their network: BN's eps, TensorFlow's padding. "of" is for the user.
 RELEASED = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear",
                 resize=248 / 224)
-UNCHANGED = dict(mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear", resize=1.0)  # patterns
+PATTERNS = dict(mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear", resize=1.0)
 TIMM = RELEASED | dict(interpolation="bicubic", resize=256 / 224, eps=1e-5, of="timm's, not tf_")
 TF_TIMM = TIMM | dict(mean=(0.5,) * 3, std=(0.5,) * 3, eps=1e-3, same_padding=True,
                       of="timm's tf_efficientnet_lite0")
@@ -768,7 +764,7 @@ def evaluate(args: argparse.Namespace) -> None:
     print(json.dumps(scores(run)))  # on the batches of training's end: the same statistics
     if not args.export or rank() > 0:
         return
-    size, inputs = run.args.image_size, run.model.inputs | ({} if run.args.data else UNCHANGED)
+    size, inputs = run.args.image_size, run.model.inputs | ({} if run.args.data else PATTERNS)
     facts = {**inputs, "classes": run.facts["classes"], "resize": round(size * inputs["resize"]),
              "image_size": size, "weight_bits": run.args.bits, "act_bits": run.args.act_bits}
     with user_error("--export: needs a package; pip install onnx", ImportError):
@@ -977,10 +973,9 @@ def exit_status(program: str, parse, work, argv: list[str] | None) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    lines = message.splitlines()
-    if lines[0].startswith("Caught "):  # in a loading process, whose traceback's last line counts
-        lines = [lines[-1].partition("Error: ")[2]]
-    print(f"{program}: {lines[0]}", file=sys.stderr)
+    if message.startswith("Caught "):  # in a loading process; its traceback ends with the cause
+        message = message.rpartition("Error: ")[2]
+    print(f"{program}: {message.splitlines()[0]}", file=sys.stderr)
     return 2
 
 
