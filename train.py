@@ -890,7 +890,7 @@ def training_flags(add) -> None:
     add("--data", metavar="DIR", help="pictures; None = generated patterns")
     add("--bits", type=within(2, 8), default=4, help="of weights and inputs")
     add("--act-bits", type=int, choices=(*range(2, 9), 32), help="of layer inputs, 32 = float")
-    add("--weights", metavar="DEFAULT|FILE", help="float weights to start from")
+    add("--weights", metavar="DEFAULT|FILE", help="float ones; DEFAULT = torchvision's")
     add("--image-size", type=within(16, 2048), help="pixels")
     add("--width", type=within(0.05, 4, float), default=1.0, help="MobileNetV2's multiplier")
     add("--estimator", choices=tuple(ESTIMATORS), default="ste", help="gradient through rounding")
