@@ -1923,11 +1923,6 @@ def test_flags_reach_the_quantizers(flags, tiny_run):
     assert run.model[8].p == 0  # dropout is off, as released
 
 
-def test_a_cure_without_low_bit_weights_says_so(tiny_run, capsys):
-    tiny_run("--method dampen --bits 8")
-    assert "--method dampen does what lsq does" in capsys.readouterr().out
-
-
 def test_scores_are_those_of_all_validation_pictures_before_and_after_reestimation(
         tiny_run, monkeypatch):
     """And shares are percent, and training goes on with the BN statistics that it had."""
@@ -2330,6 +2325,38 @@ def test_an_exported_network_scores_as_its_checkpoint(pictures, fp32, tmp_path, 
     assert 100 * right.float().mean().item() == pytest.approx(scores["post_bn_top1"])
 
 
+@pytest.mark.parametrize("size", [20, 28])
+@pytest.mark.parametrize("weights", ["random", "imagenet's", "tensorflow's"])
+def test_a_network_of_the_patterns_is_exported_with_what_they_went_through(
+        weights, size, few_patterns, tmp_path, capsys, onnx):
+    """Scored as the README does it, the metadata applied to the patterns: as its checkpoint."""
+    model, flags = "mobilenet_v2_short", []
+    if weights == "tensorflow's":
+        model, names = "efficientnet_lite0", ["_conv_stem.weight"]
+        state = train.build_model(model, 10, inputs=train.TENSORFLOW).state_dict()
+        names += [f"{k}.{name.rpartition('.')[2]}" for k, name in enumerate(list(state)[1:])]
+        torch.save(dict(zip(names, state.values())), tmp_path / "w.pt")
+    elif weights == "imagenet's":
+        torch.save(train.build_model(model, 10).state_dict(), tmp_path / "w.pt")
+    if weights != "random":
+        flags = ["--weights", tmp_path / "w.pt"]
+    assert train.main(split("--method lsq --bits 8 --steps 8 --bn-batches 2 --batch-size 16 --model",
+                            model, "--image-size", size, "--output", tmp_path / "run", *flags)) == 0
+    capsys.readouterr()
+    assert train.main(split("--evaluate", tmp_path / "run/last.pt", "--export",
+                            tmp_path / "net.onnx")) == 0
+    scores = json.loads(capsys.readouterr().out)
+    content = (tmp_path / "net.onnx").read_bytes()
+    facts = {each.key: each.value for each in onnx.load_from_string(content).metadata_props}
+    mean, std = (torch.tensor(json.loads(facts[key])).view(3, 1, 1) for key in ("mean", "std"))
+    assert json.loads(facts["resize"]) == json.loads(facts["image_size"]) == size
+    images, labels = train.generate_patterns("val", 2048)
+    images = nn.functional.interpolate(images, size=json.loads(facts["resize"]), mode="bilinear")
+    logits = session(content)((images - mean) / std)
+    loss = nn.functional.cross_entropy(logits, labels).item()
+    assert loss == pytest.approx(scores["post_bn_loss"], rel=0.02)
+
+
 def test_odd_pictures_are_read_and_unreadable_ones_named_and_counted(
         pictures, fp32, tmp_path, capsys):
     root = tmp_path / "data"
@@ -2366,7 +2393,7 @@ def test_the_next_readable_picture_stands_in_for_an_unreadable_one(pictures, tmp
     assert run.val_set[4][1] == 1 and run.val_set[16][1] == 0
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all("the next one stands in" in line for line in lines)
-    assert run.unreadable_pictures() == 3
+    assert run.val_set.unreadable.nonzero().flatten().tolist() == [4, 5, 16]
 
 
 # --- train.py: bad input is one line and exit status 2 --------------------------------------------
@@ -2669,8 +2696,8 @@ FULL = "--output {}/last.pt: cannot be written ([Errno 27] File too large"
 
 
 @pytest.mark.parametrize("name, act, words, saved", [
-    ("train_step", explode, "loss became nan after 4 of 12 steps", 4),
-    ("save_checkpoint", spoil_a_weight, "weights became NaN or infinite by step 4", 2),
+    ("train_step", explode, "loss became nan at step 4 of 12", 4),
+    ("save_checkpoint", spoil_a_weight, "weights became NaN or infinite at step 4", 2),
     ("save_checkpoint", partial(fill_the_disk, 5000), FULL, 2),
     ("save_checkpoint", partial(fill_the_disk, 200_000), FULL, 2)])
 def test_nan_and_a_full_disk_are_one_line_and_leave_the_previous_checkpoint_whole(
@@ -2764,7 +2791,7 @@ def test_a_loss_that_breaks_in_one_process_stops_all_at_the_same_step(
     command, stroke = shared_run(pictures, fp32, tmp_path / "out"), ("train_step", 2, explode)
     codes, errors = two_ranks(fork, command, tmp_path / "rank", None, stroke)
     assert codes == [2, 2] and errors[0] == errors[1]
-    assert "loss became nan after 2 of 6 steps" in errors[0] and errors[0].count("\n") == 1
+    assert "loss became nan at step 2 of 6" in errors[0] and errors[0].count("\n") == 1
     content = torch.load(tmp_path / "out/last.pt", weights_only=True)
     assert content["step"] == 2
     assert all(tensor.isfinite().all() for tensor in content["model"].values())

@@ -10,12 +10,8 @@ DIR has the ImageNet layout: train/CLASS/*.jpg and val/CLASS/*.jpg. A run writes
 best.pt and summary.json into --output. The method itself is in osc_qat.py; here it is four calls:
 dampening_loss, optimizer.step, tracker.step (which freezes), and reestimate_bn before scoring.
 
-Nothing random depends on what ran before: batches, crops and dropout are functions of the seed, the
-epoch, and the picture or step. So a checkpoint is the network, its optimizers, the tracker, and how
-many steps are done, and a run that was killed goes on to the same end.
-
-The order: recipes, the loop, the run, data, networks, checkpoints, what else the script does, and
-the command line.
+Nothing random depends on what ran before: batches, crops and dropout follow from the seed, epoch,
+and picture or step. So a run that was killed goes on from its last checkpoint to the same end.
 """
 
 import argparse
@@ -32,7 +28,6 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import chain, count, islice
@@ -105,9 +100,6 @@ def recipe(args: argparse.Namespace) -> dict:
 
 # --- The loop -------------------------------------------------------------------------------------
 
-SCORES = ("pre_bn_top1", "pre_bn_loss", "post_bn_top1", "post_bn_loss")
-
-
 def schedule(args: argparse.Namespace, progress: float) -> tuple[float, float, float | None]:
     """Learning rate, lambda, and f_th (None: nothing freezes) at a share of training, 0..1."""
     method = METHODS[args.method]
@@ -136,8 +128,7 @@ def train_step(run: "Run", images: Tensor, labels: Tensor) -> float:
         (lambda_ * dampening_loss(model, args.dampening)).backward()
     loss = over_ranks(task_loss / world_size()).item()
     if not math.isfinite(loss):  # before the step
-        raise UserError(f"loss became {loss} after {run.step} of {run.total} steps; "
-                        "try a smaller --lr")
+        raise UserError(f"loss became {loss} at step {run.step} of {run.total}; try a smaller --lr")
     run.optimizers[0].param_groups[0]["lr"] = lr
     for optimizer in run.optimizers:
         optimizer.step()
@@ -189,9 +180,10 @@ def reestimate(run: "Run") -> None:
 
 def scores(run: "Run") -> dict[str, float]:
     """Scores before and after BN re-estimation, which the network keeps."""
+    names = "pre_bn_top1", "pre_bn_loss", "post_bn_top1", "post_bn_loss"
     pre = validate(run)
     reestimate(run)
-    return dict(zip(SCORES, (*pre, *validate(run))))
+    return dict(zip(names, (*pre, *validate(run))))
 
 
 def finish_epoch(run: "Run", epoch: int) -> None:
@@ -204,7 +196,7 @@ def finish_epoch(run: "Run", epoch: int) -> None:
            "freeze_threshold": freeze_threshold, "loss": run.loss_sum / steps if steps else None,
            **scored, "oscillating": 100 * run.tracker.oscillating(),
            "frozen": 100 * run.tracker.frozen_share(),
-           "unreadable": run.unreadable_pictures()}
+           "unreadable": sum(data.unreadable.sum().item() for data in (run.train_set, run.val_set))}
     run.rows, run.loss_sum = [*run.rows, row], 0.0
     print("  ".join(f"{key} {value:.4g}" for key, value in row.items() if value is not None))
     best = max(run.rows, key=lambda row: row["post_bn_top1"])
@@ -228,7 +220,13 @@ def train(args: argparse.Namespace, wait: bool = False) -> None:
         for epoch in range(len(run.rows), max(run.epochs, 1)):  # --epochs 0 only scores
             train_epoch(run, epoch)
             finish_epoch(run, epoch + 1)
-        write_summary(run)
+        last = run.rows[-1]
+        facts = {"model": args.model, "method": args.method, "seed": args.seed, "data": args.data,
+                 "weight_bits": args.bits, "act_bits": args.act_bits, **last,
+                 "fp32_top1": last["pre_bn_top1"] if run.fp32_top1 is None else run.fp32_top1,
+                 "epochs": run.epochs, "seconds": time.time() - run.begun, "arguments": vars(args)}
+        if rank() == 0:
+            save_atomically(summary, json.dumps(facts, indent=1).encode())
         over_ranks(torch.zeros(1, device=run.device))  # nobody reads on before all is written
 
 
@@ -244,8 +242,7 @@ def user_error(what: str, *kinds: type[Exception]):
     try:
         yield
     except kinds as error:
-        said = " ".join((str(error) or type(error).__name__).split())
-        raise UserError(f"{what} ({said:.160})") from None
+        raise UserError(f"{what} ({' '.join(str(error).split()):.160})") from None
 
 
 def rank() -> int:
@@ -316,8 +313,6 @@ class Run:
     def quantize(self, calibrated: bool, score_float: bool) -> None:
         """Scores the float network, quantizes it and calibrates its inputs; or quantizes only."""
         args, model = self.args, self.model
-        if not calibrated and not args.weights:  # BN's initial statistics would calibrate badly
-            reestimate(self)
         if not calibrated and score_float:
             self.fp32_top1 = validate(self)[0]
         quantize_model(model, args.bits, None if args.act_bits == 32 else args.act_bits,
@@ -340,12 +335,9 @@ class Run:
         adam = [torch.optim.Adam(scales, args.scale_lr, fused=True)] if scales else []
         self.optimizers = [sgd, *adam]
         self.tracker = OscillationTracker(model, args.osc_momentum)
-        method = METHODS[args.method]
-        if (method["dampens"] or method["freezes"]) and not self.tracker.layers:
-            print(f"no weights of 4 bits or fewer: --method {args.method} does what lsq does")
         self.wrapped_model = model
         if dist.is_initialized():
-            # The ranks' BN statistics are averaged where they are used; trackers need no word.
+            # BN statistics are averaged where they are used; the trackers agree by themselves.
             self.wrapped_model = nn.parallel.DistributedDataParallel(model)
             self.wrapped_model.broadcast_buffers = False  # torch 2.14 renamed the argument
         if args.compile:
@@ -359,30 +351,26 @@ class Run:
             raise UserError(f"--data {self.args.data}: needs 2 or more training pictures a process")
         return order[:len(order) - len(order) % size].split(size)
 
-    def epoch_batches(self, epoch: int, start: int = 0, stop: int | None = None) -> Iterator:
+    def epoch_batches(self, epoch: int, start: int = 0, stop: int | None = None):
         """Batches start to stop of an epoch of training; each process has its part of them."""
         self.train_set.key = epoch
         mine = [batch[rank()::world_size()] for batch in self.shuffled(epoch)[start:stop]]
         yield from self.load(self.train_set, mine)
 
-    def other_batches(self, purpose: str, number: int) -> Iterator:
-        """So many training batches for calibration, BN statistics or Table 3.
-
-        They are the same on every process, of all processes' size.
-        """
+    def other_batches(self, purpose: str, number: int):
+        """So many batches for calibration, BN statistics or Table 3, alike on every process."""
         passes = (self.shuffled(f"{purpose} {k}") for k in count())
         batches = list(islice(chain.from_iterable(passes), number))
         self.train_set.key = f"{purpose} 0"
         yield from self.load(self.train_set, batches)
 
-    def load(self, data: "Pictures", batches: list[Tensor]) -> Iterator:
+    def load(self, data: "Pictures", batches: list[Tensor]):
         """These batches of the data set, (N, 3, H, W) and labels (N,)."""
-        workers = self.args.workers if self.args.data else 0
-        return iter(DataLoader(
-            data, batch_sampler=[indices.tolist() for indices in batches], num_workers=workers,
-            pin_memory=self.device.type == "cuda"))
+        return iter(DataLoader(data, batch_sampler=[indices.tolist() for indices in batches],
+                               num_workers=self.args.workers if self.args.data else 0,
+                               pin_memory=self.device.type == "cuda"))
 
-    def parts(self, images: Tensor, labels: Tensor) -> Iterator:
+    def parts(self, images: Tensor, labels: Tensor):
         """A batch in the parts of --accumulate, of 2 images or more: batch norm needs them."""
         parts = min(self.args.accumulate, len(images) // 2)
         labels = labels.to(self.device, non_blocking=True)
@@ -406,11 +394,6 @@ class Run:
         self.model.load_state_dict(state, strict=False)
         return state
 
-    def unreadable_pictures(self) -> int:
-        """How many pictures some process could not read."""
-        sets = torch.cat([self.train_set.unreadable, self.val_set.unreadable])
-        return over_ranks(sets.int().to(self.device)).count_nonzero().item()
-
 
 # --- Data: generated or read from a folder, an item is a function of seed, epoch and index --------
 
@@ -418,9 +401,9 @@ class Run:
 def generate_patterns(part: str, number: int, size: int = 20) -> tuple[Tensor, Tensor]:
     """Images (number, 3, size, size), of about unit variance, and labels (number,), 0..9.
 
-    A blurred random pattern of the image's class, a weaker one of another class, each shifted and
-    flipped, under noise with natural statistics: coarse fields are stronger than fine ones, gray is
-    stronger than colour. Such images move a channel's mean together, as photographs do.
+    A blurred random pattern of the image's class and a weaker one of another, shifted and flipped,
+    under noise that is stronger where it is coarse, and in gray. So a channel's mean moves from
+    image to image, as in photographs.
     """
     enlarge = partial(F.interpolate, size=(size, size), mode="bicubic")
     patterns = enlarge(torch.randn(10, 3, 6, 6, generator=generator("patterns")))
@@ -441,7 +424,7 @@ def generate_patterns(part: str, number: int, size: int = 20) -> tuple[Tensor, T
     return images / 2.95, labels
 
 
-def picture_files(folder: Path) -> Iterator[str]:
+def picture_files(folder: Path):
     """Pictures in and below a folder; nothing hidden, and linked folders are not entered."""
     for path, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if name[0] != ".")
@@ -453,8 +436,7 @@ class Pictures(Dataset):
     """Generated patterns, or images of DIR/PART/CLASS/*, with torchvision's own augmentation."""
 
     def __init__(self, args: argparse.Namespace, part: str):
-        self.args, self.part = args, part
-        self.key = 0  # of a pass through the set: flips and crops follow from it
+        self.args, self.part, self.key = args, part, 0  # crops and flips follow from the key
         if args.data:
             folders = {path.name: list(picture_files(path))
                        for path in sorted(Path(args.data, part).glob("[!.]*"))}
@@ -480,16 +462,15 @@ class Pictures(Dataset):
 
     def readable(self, index: int) -> tuple[Tensor | Image.Image, int]:
         """A picture and its label; for an unreadable one stands in the next one of its set."""
-        for number in range(index, index + len(self)):
-            source, label = self.samples[number % len(self)]
-            if self.unreadable[number % len(self)]:
-                continue
+        for number in chain(range(index, len(self)), range(index)):
+            source, label = self.samples[number]
             try:
                 return read_picture(source) if self.args.data else source, label
             except Exception as error:  # whatever a damaged file raises
-                tqdm.write(f"{source} is no readable picture ({error}); the next one stands in",
-                           sys.stderr)
-                self.unreadable[number % len(self)] = True
+                if not self.unreadable[number]:
+                    tqdm.write(f"{source} is no readable picture ({error}); the next one stands in",
+                               sys.stderr)
+                self.unreadable[number] = True
         raise UserError(f"--data {self.args.data}: no picture in {self.part} is readable")
 
 
@@ -539,11 +520,11 @@ SHORT_MODELS = ("mobilenet_v2_short", "mobilenet_v2_short_dense")
 MODELS = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_lite0",
           "resnet18", *SHORT_MODELS)
 WITH_WIDTH = ("mobilenet_v2", *SHORT_MODELS)
-# What weights expect of their pictures: mean and std in 0..1 units; the shorter side, before a
-# centre crop of size 1. And of their network: BN's eps, TensorFlow's padding. "of" is for the user.
+# What weights expect of pictures: mean and std in 0..1 units; the shorter side, before a centre
+# crop of size 1. And of their network: BN's eps, TensorFlow's padding. "of" is for the user.
 RELEASED = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear",
                 resize=248 / 224)
-UNCHANGED = dict(mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear", resize=1.0)  # patterns
+PATTERNS = dict(mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear", resize=1.0)
 TIMM = RELEASED | dict(interpolation="bicubic", resize=256 / 224, eps=1e-5, of="timm's, not tf_")
 TF_TIMM = TIMM | dict(mean=(0.5,) * 3, std=(0.5,) * 3, eps=1e-3, same_padding=True,
                       of="timm's tf_efficientnet_lite0")
@@ -595,8 +576,8 @@ class DenseResidual(InvertedResidual):
 def mobilenet_v2_short(num_classes: int, width_mult: float, dense: bool = False) -> nn.Module:
     """MobileNetV2 in 23 layers of half the width, about 50,000 parameters.
 
-    dense is the control: the 3x3 convolutions are dense, and narrower (blocks widen 1.2 times, not
-    6 times), so that there are as many layers and about as many parameters.
+    dense is the control: its 3x3 convolutions are dense, in blocks that widen 1.2 times, not 6
+    times: as many layers, about as many parameters.
     """
     widen = 1.2 if dense else 6
     rows = [[1, 16, 1, 1], [widen, 24, 2, 2], [widen, 32, 2, 2], [widen, 64, 2, 2]]
@@ -668,8 +649,6 @@ def read_weights(path: str, name: str) -> tuple[dict, dict, list[str] | None]:
     """Float weights: a state dict without BN's counters, inputs, and class names."""
     content = download(name) if path == "DEFAULT" else read_file(path, "--weights")
     of_run = content.keys() >= CHECKPOINT_KEYS
-    if of_run and METHODS[content["arguments"]["method"]]["quantizes"]:
-        raise UserError(f"--weights {path}: holds a quantized network, not float weights")
     with user_error(f"--weights {path}: expected a state dict of tensors",
                     AttributeError, TypeError, RuntimeError):
         # DistributedDataParallel and torch.compile put prefixes before the names.
@@ -723,7 +702,7 @@ def save_checkpoint(run: Run, *names: str) -> None:
     run.average_bn()
     state = run.model.state_dict()
     if not all(t.isfinite().all() for t in state.values() if t.is_floating_point()):
-        raise UserError(f"weights became NaN or infinite by step {run.step}; try a smaller --lr")
+        raise UserError(f"weights became NaN or infinite at step {run.step}; try a smaller --lr")
     content = {"arguments": vars(run.args), "inputs": run.model.inputs, "facts": run.facts,
                "model": state, "tracker": run.tracker.state_dict(),
                "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
@@ -769,26 +748,14 @@ def claimed(folder: str, wait: bool = False):
         os.close(claim)
 
 
-def write_summary(run: Run) -> None:
-    """summary.json: the last row, and what was trained."""
-    args, last = run.args, run.rows[-1]
-    summary = {"model": args.model, "method": args.method, "seed": args.seed, "data": args.data,
-               "weight_bits": args.bits, "act_bits": args.act_bits, **last,
-               "fp32_top1": last["pre_bn_top1"] if run.fp32_top1 is None else run.fp32_top1,
-               "epochs": run.epochs, "seconds": time.time() - run.begun, "arguments": vars(args)}
-    if rank() == 0:
-        save_atomically(Path(args.output, "summary.json"), json.dumps(summary, indent=1).encode())
-
-
 # --- What else the script does: scores, ONNX, tables of runs --------------------------------------
 
 def stored_run(path: str, flag: str, args: argparse.Namespace) -> Run:
     """The run of a checkpoint, on the data and device of this command line."""
     checkpoint = read_file(path, flag)
-    flags = checkpoint["arguments"] | {"device": args.device, "workers": args.workers,
-                                       "compile": False, "output": path}
-    flags["data"] = args.data or flags["data"]
-    return Run(argparse.Namespace(**flags), checkpoint)
+    flags = dict(device=args.device, workers=args.workers, compile=False, output=path)
+    flags |= {"data": args.data} if args.data else {}
+    return Run(argparse.Namespace(**checkpoint["arguments"] | flags), checkpoint)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -797,14 +764,13 @@ def evaluate(args: argparse.Namespace) -> None:
     print(json.dumps(scores(run)))  # on the batches of training's end: the same statistics
     if not args.export or rank() > 0:
         return
-    size, inputs = run.args.image_size, run.model.inputs | ({} if run.args.data else UNCHANGED)
+    size, inputs = run.args.image_size, run.model.inputs | ({} if run.args.data else PATTERNS)
     facts = {**inputs, "classes": run.facts["classes"], "resize": round(size * inputs["resize"]),
              "image_size": size, "weight_bits": run.args.bits, "act_bits": run.args.act_bits}
     with user_error("--export: needs a package; pip install onnx", ImportError):
         whole = export_onnx(run.model, (3, size, size),
                             {key: json.dumps(value) for key, value in facts.items()})
     save_atomically(Path(args.export), whole, "--export")
-    print(f"{args.export}: {len(whole) / 1e6:.2f} MB")
 
 
 def print_table(rows: list[dict]) -> None:
@@ -908,10 +874,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         p.error("--batch-size, --accumulate: batch norm needs at least 2 images a forward pass")
     if args.export and not (args.evaluate and args.export.endswith(".onnx")):
         p.error("--export: goes with --evaluate CHECKPOINT, and writes ONNX; give FILE.onnx")
-    parts = [Path(args.data).resolve().name] if args.data else []
-    parts += [args.model, args.method, f"x{args.width:g}" if args.width != 1 else "",
-              f"{args.image_size}px", f"w{args.bits}a{args.act_bits}" * (args.bits < 32),
-              f"{args.steps}steps" if args.steps else "", f"seed{args.seed}"]
+    parts = [Path(args.data).resolve().name if args.data else "", args.model, args.method,
+             f"x{args.width:g}" if args.width != 1 else "",
+             f"{args.image_size}px", f"w{args.bits}a{args.act_bits}" * (args.bits < 32),
+             f"{args.steps}steps" if args.steps else "", f"seed{args.seed}"]
     args.output = args.output or str(Path("runs", "-".join(filter(None, parts))))
     return args
 
@@ -924,7 +890,7 @@ def training_flags(add) -> None:
     add("--data", metavar="DIR", help="pictures; None = generated patterns")
     add("--bits", type=within(2, 8), default=4, help="of weights and inputs")
     add("--act-bits", type=int, choices=(*range(2, 9), 32), help="of layer inputs, 32 = float")
-    add("--weights", metavar="DEFAULT|FILE", help="float weights to start from")
+    add("--weights", metavar="DEFAULT|FILE", help="float ones; DEFAULT = torchvision's")
     add("--image-size", type=within(16, 2048), help="pixels")
     add("--width", type=within(0.05, 4, float), default=1.0, help="MobileNetV2's multiplier")
     add("--estimator", choices=tuple(ESTIMATORS), default="ste", help="gradient through rounding")
@@ -962,16 +928,6 @@ def running_flags(add) -> None:
     add("--summarize", metavar="DIR", nargs="+", help="table of finished runs, and exit")
 
 
-def float_job(args: argparse.Namespace) -> argparse.Namespace:
-    """The command that trains float weights for the generated patterns; a finished run is kept."""
-    steps = [f"--steps={args.steps}"] if args.steps else []
-    job = parse(["--method=fp32", "--resume", f"--model={args.model}", f"--width={args.width}",
-                 f"--seed={args.seed}", f"--image-size={args.image_size}",
-                 f"--device={args.device}", *steps])
-    job.output = str(Path(args.output).parent / Path(job.output).name)
-    return job
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command, also for notebooks. Exit status: 0, or 2 after one line on standard error."""
     return exit_status("train.py", parse, work, argv)
@@ -989,7 +945,10 @@ def work(args: argparse.Namespace) -> None:
     if args.evaluate:
         return evaluate(args)
     if METHODS[args.method]["quantizes"] and not args.weights and args.epochs:
-        job = float_job(args)
+        job = parse(["--method=fp32", "--resume", f"--model={args.model}", f"--width={args.width}",
+                     f"--seed={args.seed}", f"--image-size={args.image_size}",
+                     f"--device={args.device}", *[f"--steps={args.steps}"] * bool(args.steps)])
+        job.output = str(Path(args.output).parent / Path(job.output).name)
         args.weights = str(Path(job.output, "last.pt"))
         train(job, wait=True)  # for another command's, where two are started together
     train(args)
@@ -1014,10 +973,9 @@ def exit_status(program: str, parse, work, argv: list[str] | None) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    lines = message.splitlines()
-    if lines[0].startswith("Caught "):  # in a loading process, whose traceback's last line counts
-        lines = [lines[-1].partition("Error: ")[2]]
-    print(f"{program}: {lines[0]}", file=sys.stderr)
+    if message.startswith("Caught "):  # in a loading process; its traceback ends with the cause
+        message = message.rpartition("Error: ")[2]
+    print(f"{program}: {message.splitlines()[0]}", file=sys.stderr)
     return 2
 
 
@@ -1034,8 +992,6 @@ def run_script(main) -> None:
         for process in multiprocessing.active_children():  # it can hang: DataLoader would wait
             process.kill()
             process.join(1)
-        if multiprocessing.active_children():  # hangs in the system: Python would wait for ever
-            os._exit(2)
         sys.exit(2)
 
 
