@@ -313,6 +313,8 @@ class Run:
     def quantize(self, calibrated: bool, score_float: bool) -> None:
         """Scores the float network, quantizes it and calibrates its inputs; or quantizes only."""
         args, model = self.args, self.model
+        if not calibrated and not args.weights:  # BN's initial statistics would calibrate badly
+            reestimate(self)
         if not calibrated and score_float:
             self.fp32_top1 = validate(self)[0]
         quantize_model(model, args.bits, None if args.act_bits == 32 else args.act_bits,
@@ -335,6 +337,9 @@ class Run:
         adam = [torch.optim.Adam(scales, args.scale_lr, fused=True)] if scales else []
         self.optimizers = [sgd, *adam]
         self.tracker = OscillationTracker(model, args.osc_momentum)
+        method = METHODS[args.method]
+        if (method["dampens"] or method["freezes"]) and not self.tracker.layers:
+            print(f"no weights of 4 bits or fewer: --method {args.method} does what lsq does")
         self.wrapped_model = model
         if dist.is_initialized():
             # BN statistics are averaged where they are used; the trackers agree by themselves.
