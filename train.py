@@ -216,7 +216,7 @@ def train(args: argparse.Namespace, wait: bool = False) -> None:
         checkpoint, summary = checkpoint_to_resume(args), Path(args.output, "summary.json")
         run = Run(args, checkpoint)
         if checkpoint and checkpoint["facts"] != run.facts:
-            raise UserError(f"--output {args.output}: of other pictures; choose another folder")
+            raise UserError(f"--output {args.output}: of other pictures than --data; take another")
         print(f"{args.method} {args.model} from {args.weights or 'random weights'}, step "
               f"{run.step} of {run.total}, --lr {args.lr:g} --batch-size {args.batch_size}; "
               f"{len(run.train_set)} training and {len(run.val_set)} validation pictures, "
@@ -498,18 +498,18 @@ def common_classes(sets: list[Pictures], checkpoint: dict | None) -> list[str]:
     A checkpoint that was scored needs no pictures.
     """
     classes = checkpoint["facts"]["classes"] if checkpoint else sets[0].classes
-    for pictures in sets:
-        odd = sorted({*classes} ^ {*pictures.classes})
-        free = checkpoint and checkpoint.get("scored_bn") and not pictures.classes
+    for each in sets:
+        odd = sorted({*classes} ^ {*each.classes})
+        free = checkpoint and checkpoint.get("scored_bn") and not each.classes
         if (odd or len(classes) < 2) and not free:
             shown = f"{odd[:4]}" if str(odd).isascii() else f"{odd[:4]}, in ASCII {odd[:4]!a}"
-            raise UserError(f"--data {pictures.args.data}: expected train/CLASS/*.jpg and "
-                            "val/CLASS/*.jpg of the same 2 or more classes; "
-                            f"{pictures.part} has {len(pictures.classes)}, not in both are {shown}")
+            raise UserError(
+                f"--data {each.args.data}: expected train/CLASS/*.jpg and val/CLASS/*.jpg, 2 or "
+                f"more classes; {each.part} has {len(each.classes)}, unlike train or run: {shown}")
     return classes
 
 
-def read_picture(path: str, told_dark: Tensor) -> Image.Image:
+def read_picture(path: str, told_dark: Tensor | None = None) -> Image.Image:
     """An RGB picture: turned as its EXIF data say, transparency on white, 16 bit brought to 8."""
     if not os.path.isfile(path):  # a pipe would block for ever
         raise OSError("not a regular file")
@@ -520,7 +520,7 @@ def read_picture(path: str, told_dark: Tensor) -> Image.Image:
             raise OSError("floats, of a range that nothing tells")
         if image.mode.startswith("I"):  # PIL would clip it to white
             image = image.convert("I")
-            if image.getextrema()[1] < 4096 and not told_dark:
+            if told_dark is not None and not told_dark and image.getextrema()[1] < 4096:
                 told_dark.fill_(True)
                 tqdm.write(f"{path}: 16-bit values below 4096 are near black; scale up", sys.stderr)
             image = image.point(lambda value: value / 256).convert("L")

@@ -216,9 +216,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the command line."""
     p = train.one_line_parser("Tables 1 and 3, Figures 2 to 4 of trained networks.")
     add = p.add_argument
-    add("checkpoints", type=train.a_path, metavar="CHECKPOINT", nargs="+", help="last.pt or best.pt of runs")
+    add("checkpoints", type=train.a_path, metavar="CHECKPOINT", nargs="+",
+        help="last.pt or best.pt of runs")
     add("--layer", metavar="NAME", help="of the figures; None = all depthwise ones together")
-    add("--plot", type=train.a_path, metavar="FILE", help="draw (needs matplotlib); None = text only")
+    add("--plot", type=train.a_path, metavar="FILE", help="draw (needs matplotlib); None = no")
     add("--steps", type=train.within(1, 10**9), default=1000, help="of AdaRound (paper: 10000), "
         "and at most so many of training once more")
     add("--data", type=train.a_path, metavar="DIR", help="pictures; None = where they were")
