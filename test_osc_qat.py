@@ -17,6 +17,7 @@ import pickle
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -1957,9 +1958,15 @@ def test_flags_reach_the_quantizers(flags, tiny_run):
     assert run.model[8].p == 0  # dropout is off, as released
 
 
-def test_a_cure_without_low_bit_weights_says_so(tiny_run, capsys):
-    tiny_run("--method dampen --bits 8")
-    assert "--method dampen does what lsq does" in capsys.readouterr().out
+@pytest.mark.parametrize("flags, told", [
+    ("--method dampen --bits 8", "--method dampen does what lsq does"),
+    ("--method freeze --osc-momentum 0.1", "2 steps are few: f averages over 1 / m = 10"),
+    ("--method freeze --osc-momentum 1", None), ("--method lsq", None)])
+def test_a_cure_without_low_bit_weights_or_with_few_steps_says_so(
+        flags, told, pictures, fp32, tmp_path, capsys):
+    assert train.main(qat(pictures, fp32, tmp_path, flags, "--steps 2")) == 0
+    out = capsys.readouterr().out
+    assert told in out if told else "are few" not in out and "what lsq does" not in out
 
 
 def test_the_float_score_is_taken_before_and_calibration_sees_four_batches(tiny_run, monkeypatch):
@@ -2513,7 +2520,7 @@ def test_without_data_three_methods_end_in_one_table(few_patterns, tmp_path, cap
                                 "--output", tmp_path / method)) == 0
         out = capsys.readouterr().out
         assert ("from random weights, step 0 of 2" in out) == (method == "lsq")
-        assert "the embedded set of generated patterns" in out
+        assert "10 classes; data: the generated patterns" in out
         assert ("step 0 of 2, --lr 0.1 --batch-size 64" in out) == (method == "lsq")  # in float
         summary, rows = read(tmp_path / method)
         assert rows[-1]["step"] == 2 and len(rows) == 1
@@ -2671,8 +2678,8 @@ def test_the_next_readable_picture_stands_in_for_an_unreadable_one(pictures, tmp
         assert torch.equal(image, expected) and label == expected_label
     assert run.val_set[4][1] == 1 and run.val_set[16][1] == 0
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3 and all("the next one stands in" in line for line in lines)
-    assert run.val_set.unreadable.nonzero().flatten().tolist() == [4, 5, 16]
+    assert len(lines) == 3 and all("next one taken" in line for line in lines)
+    assert run.val_set.unreadable.sum() == 3
 
 
 # --- train.py: bad input is one line and exit status 2 --------------------------------------------
@@ -2712,7 +2719,8 @@ def test_a_number_out_of_range_is_refused_by_name(flag, value, capsys):
     ("--export net.onnx", "--export: goes with --evaluate"),
     ("--data missing", "expected train/CLASS"), ("--data empty", "expected train/CLASS"),
     ("--data hollow", "expected train/CLASS"), ("--data single", "2 or more classes"),
-    ("--data unequal", "classes; one alone has ['c']"), ("--data file", "expected train/CLASS"),
+    ("--data unequal", "val has 2, unlike train or run: ['c']"),
+    ("--data file", "expected train/CLASS"),
     ("--data outer", "expected train/CLASS"), ("--output file --weights w.pt", "--output file"),
     ("--output file/below --weights w.pt", "--output file/below"),
     ("--output unfinished --weights w.pt", "--resume"),
@@ -3313,7 +3321,7 @@ def test_a_checkpoint_knows_its_classes_by_name(ab, capsys):
         assert tiny(capsys, "--data", data, "--evaluate", "run/last.pt") == (0, [])
     for flags in (["--output", "run", "--resume"], ["--evaluate", "run/last.pt"]):
         status, (line,) = tiny(capsys, "--data", other, *flags)
-        assert status == 2 and "other classes (a, b" in line
+        assert status == 2 and "unlike train or run: ['b', 'c']" in line
     for names, afresh in ((["a", "b"], False), (["a", "c"], True), (["b", "a"], True)):
         torch.manual_seed(1)
         model = train.build_model("mobilenet_v2_short", 2, "run/last.pt", classes=names)
@@ -3504,6 +3512,225 @@ def test_a_terminal_that_knows_no_plus_minus_gets_the_table(fork, tmp_path):
     process = fork(tell_in_ascii, command, tmp_path / "out")
     process.join()
     assert "1.50 ? 0.71" in (tmp_path / "out").read_text() and process.exitcode == 0
+
+
+@pytest.mark.parametrize("main, flag", [
+    *((train.main, flag) for flag in ("--data", "--weights", "--output", "--evaluate", "--export",
+                                      "--summarize")),
+    (analyze.main, "--plot"), (analyze.main, "--data"), (analyze.main, "")])
+def test_an_empty_path_is_refused_since_it_would_ask_for_another_job(main, flag, capsys):
+    """The value of a variable that is not set."""
+    for value in ("", " "):
+        argv = [f"{flag}={value}"] if flag else [value]
+        assert "expected a path, not an empty value" in refusal(argv, capsys, main)
+
+
+def test_a_home_folder_is_found_behind_an_equals_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert train.parse(["--data=~/pictures"]).data == "/home/somebody/pictures"
+
+
+def refuse_listing(folder, monkeypatch):
+    """The system lets nobody list this folder, root included."""
+    def scandir(path=".", listed=os.scandir):
+        if os.path.realpath(path) == os.path.realpath(folder):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+
+
+def test_what_a_folder_of_pictures_holds_and_what_is_left_out_is_told(ab, capsys, monkeypatch):
+    for folder in ("train/@eaDir", "train/a/@eaDir"):
+        shutil.copytree(ab / "val/a", ab / folder)  # a NAS's thumbnails
+    for folder in ("train/empty", "val/empty", "train/locked", "val/locked"):
+        (ab / folder).mkdir()
+    shutil.copy(ab / "val/a/0.png", ab / "train/locked")
+    shutil.copy(ab / "val/a/0.png", ab / "train/a/new.jfif")
+    refuse_listing(ab / "train/locked", monkeypatch)
+    assert train.main([*TINY, "--data", "ab", "--output", "run"]) == 0
+    out = capsys.readouterr().out
+    assert "16 training and 8 validation pictures, 2 classes" in out
+    assert "ab/train: no pictures, left out: *.jfif, empty, locked\n" in out
+    assert "ab/val: no pictures, left out: empty, locked\n" in out
+    assert out.count("Permission denied: 'ab/train/locked'") == 1 and "eaDir" not in out
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_black_pictures_of_16_bits_are_told_once_and_floats_are_unreadable(workers, ab, capfd):
+    twelve_bits = torch.full((20, 20), 4095).numpy().astype("uint16")
+    for name in "01234567":
+        Image.fromarray(twelve_bits).save(ab / f"train/a/{name}.png")
+    Image.fromarray(torch.rand(20, 20).numpy()).save(ab / "train/b/float.tif")
+    assert train.main([*TINY, "--data", "ab", "--output", "run", "--epochs", "2",
+                       "--workers", workers]) == 0
+    err = capfd.readouterr().err.splitlines()
+    black = [line for line in err if "are near black" in line]
+    assert 1 <= len(black) <= max(1, int(workers)) and "train/a/" in black[0]
+    floats, = [line for line in err if line not in black]
+    assert "float.tif is no readable picture (floats, of a range that nothing tells)" in floats
+
+
+def test_a_finished_run_is_exported_without_pictures_and_scored_without_training_ones(
+        ab, capsys, onnx):
+    assert tiny(capsys, "--data", "ab", "--output", "f") == (0, [])
+    assert tiny(capsys, "--data", "ab", "--output", "q", "--weights", "f/last.pt",
+                "--method", "lsq", "--epochs", "2") == (0, [])
+
+    def scored(*flags):
+        capsys.readouterr()
+        assert train.main(["--evaluate", "q/last.pt", "--workers", "0", *flags]) == 0
+        return capsys.readouterr().out.splitlines()[0]
+
+    with_all = scored("--export", "all.onnx")
+    shutil.rmtree("ab/train")
+    assert scored() == with_all and read(Path("q"))[0]["post_bn_loss"] == json.loads(
+        with_all)["post_bn_loss"]
+    ab.rename("moved")
+    assert "not scored" in scored("--export", "none.onnx")
+    assert Path("none.onnx").read_bytes() == Path("all.onnx").read_bytes()
+    for flags in ("--evaluate q/last.pt", "--evaluate q/last.pt --export e.onnx --data ab"):
+        assert "--data ab: has no val/CLASS" in refusal(flags.split(), capsys)
+    unfinished = torch.load("q/last.pt", weights_only=True) | {"scored_bn": {}}
+    torch.save(unfinished, "unfinished.pt")
+    assert "expected train/CLASS" in refusal(split("--evaluate unfinished.pt --export e.onnx"),
+                                             capsys)
+    assert not Path("e.onnx").exists()
+
+
+def test_statistics_of_scores_belong_to_the_weights_they_are_stored_with(ab, capsys, monkeypatch):
+    """A checkpoint within an epoch has none."""
+    kept = []
+
+    def keep(path, content, *flag, save=train.save_atomically):
+        if path.name == "last.pt":
+            kept.append(torch.load(io.BytesIO(content), weights_only=True))
+        save(path, content, *flag)
+
+    monkeypatch.setattr(train, "save_atomically", keep)
+    assert tiny(capsys, "--data", "ab", "--output", "run", "--epochs", "2") == (0, [])
+    assert [bool(each["scored_bn"]) for each in kept] == [False, True, False, True]
+    assert any(not torch.equal(t, kept[-1]["model"][key])
+               for key, t in kept[-1]["scored_bn"].items())
+
+
+def test_the_closing_comparison_survives_its_neighbours(ab, capsys, monkeypatch):
+    assert tiny(capsys, "--data", "ab", "--output", "runs/like") == (0, [])
+    like = json.loads(Path("runs/like/summary.json").read_text())
+    for number, content in enumerate((
+            "[]", "5", "{}", "null", "[[1]]", "no JSON", json.dumps(like | {"seconds": None}),
+            json.dumps(like | {"arguments": []}), json.dumps(like | {"pre_bn_loss": "1"}),
+            json.dumps(like | {"post_bn_loss": 0}), json.dumps(like | {"post_bn_top1": math.inf}))):
+        Path(f"runs/{number}").mkdir()
+        Path(f"runs/{number}/summary.json").write_text(content)
+    Path("runs/circle").symlink_to("circle")
+    Path("runs/pipe").mkdir()
+    os.mkfifo("runs/pipe/summary.json")
+    assert tiny(capsys, "--data", "ab", "--output", "runs/own") == (0, [])
+    refuse_listing("runs", monkeypatch)
+    assert train.main([*TINY, "--data", "ab", "--output", "runs/alone"]) == 0
+    assert [row["runs"] for row in table(capsys.readouterr().out)] == ["1"]
+    monkeypatch.undo()
+    os.chdir(ab.parent)
+    train.compare("runs/own")
+    assert sum(int(row["runs"]) for row in table(capsys.readouterr().out)) == 5
+
+
+@pytest.mark.parametrize("closing, argv, status", [
+    (">&-", ["--help"], 0), (">&-", ["--bits", "99"], 2), ("2>&-", ["--bits", "99"], 2),
+    (">&- 2>&-", ["--epochs", "0", "--method", "fp32", "--data", "ab", "--workers", "0",
+                  "--model", "mobilenet_v2_short"], 0)])
+def test_closed_streams_change_no_status(closing, argv, status, ab):
+    done = subprocess.run(["sh", "-c", f'exec "$0" "$@" {closing}', sys.executable,
+                           ROOT / "train.py", *argv], capture_output=True, text=True)
+    assert done.returncode == status and "Traceback" not in done.stderr
+
+
+def test_a_notebook_and_a_profiler_run_the_script_to_its_end(ab, monkeypatch):
+    """Their stream is none of a file's; main() returns what a bad flag means; nothing ends hard."""
+    argv = [*TINY, "--data", "ab", "--epochs", "0", "--output"]
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # to be put back
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv, "run"])
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert end.value.code == 0 and "run" in os.listdir()
+    assert train.main(["--bits", "99"]) == 2
+    profiled = subprocess.run([sys.executable, "-m", "cProfile", "-o", "profile", ROOT / "train.py",
+                               *argv, "profiled"])
+    assert profiled.returncode == 0 and Path("profile").stat().st_size > 0
+
+
+@pytest.mark.parametrize("change, words", [
+    ("mv ab elsewhere", "train has 0"), ("mv ab/val ab/valid", "val has 0"),
+    ("mv ab/val/a/*.png ab/val; rmdir ab/val/*; rm -r ab/val/b", "val has 0"),
+    ("mv ab/val/a ab/val/Äpfel", "['a', 'Äpfel'], in ASCII ['a', '\\xc4pfel']"),
+    ("mv ab/val/a ab/val/Äpfel; mv ab/train/a ab/train/A\u0308pfel",
+     "in ASCII ['A\\u0308pfel', '\\xc4pfel']")])
+def test_which_part_of_the_pictures_is_missing_or_differs_is_told(change, words, ab, capsys):
+    subprocess.run(["sh", "-c", change], stderr=subprocess.DEVNULL)
+    line = refusal([*TINY, "--data", "ab"], capsys)
+    assert "--data ab: expected train/CLASS" in line and words in line
+
+
+def test_weights_under_the_names_of_averages_are_read(tmp_path):
+    """timm's, torchvision's and torch's own AveragedModel."""
+    net = train.build_model("mobilenet_v2_short", 3)
+    state, averaged = net.state_dict(), torch.optim.swa_utils.AveragedModel(net).state_dict()
+    assert "n_averaged" in averaged
+    for number, content in enumerate(({"state_dict_ema": state}, averaged,
+                                      {"model_ema": averaged, "epoch": 3})):
+        torch.save(content, tmp_path / "w.pt")
+        read = train.build_model("mobilenet_v2_short", 3, str(tmp_path / "w.pt")).state_dict()
+        assert all(torch.equal(read[key], t) for key, t in state.items()), number
+
+
+@pytest.mark.parametrize("content", [
+    torch.nn.Linear(2, 2), b"<!DOCTYPE html><title>Not found</title>",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", b""])
+def test_a_file_that_is_no_state_dict_is_told_what_would_be(content, tmp_path):
+    file = tmp_path / "w.pt"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(train.UserError, match=r"not what torch.save\(model.state_dict") as error:
+        train.build_model("mobilenet_v2_short", 3, str(file))
+    assert not re.search("trust|weights_only|option|pickle", str(error.value))
+
+
+def test_what_a_loading_process_lacks_is_told_without_its_wrapper(capsys, monkeypatch):
+    error = RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback "
+                         "(most recent call last):\n  File ...\nRuntimeError: unable to write to "
+                         "file </torch_7>: No space left on device (28)\n")
+    monkeypatch.setattr(train, "train", partial(fail, error))
+    line = refusal(["--method", "fp32"], capsys)
+    assert "--workers" in line and "No space left on device" in line and "Caught" not in line
+
+
+@pytest.mark.parametrize("environment, words", [
+    (dict(RANK="0", WORLD_SIZE="2"), "MASTER_ADDR"),
+    (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}"), "MASTER_PORT"),
+    (dict(RANK="x", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"), "RANK")])
+def test_processes_that_cannot_meet_are_one_line(environment, words, capsys, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(key, raising=False)
+        for key, value in environment.items():
+            monkeypatch.setenv(key, value.format(port=taken.getsockname()[1]))
+        line = refusal(["--method", "fp32"], capsys)
+    assert words in line and "no way to meet (" in line
+
+
+def test_an_empty_world_size_is_one_process_and_no_docstrings_are_needed(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert train.parse([]).processes == 1
+    done = subprocess.run([sys.executable, "-OO", ROOT / "train.py", "--help"], capture_output=True)
+    assert done.returncode == 0 and b"--bits" in done.stdout and not done.stderr
+
+
+def test_a_system_without_file_locks_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    argv = ["--method", "fp32", "--output", tmp_path / "run"]
+    assert f"--output {tmp_path}/run: cannot be made" in refusal(argv, capsys)
 
 
 def test_a_width_is_refused_by_a_network_that_has_none(capsys):

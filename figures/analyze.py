@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import train
+from figures.summaries import mean_std, print_table
 from osc_qat import bn_kl_divergence, optimize_oscillating_weights, sample_oscillating_weights
-from train import Run, UserError, mean_std, print_table
+from train import Run, UserError
 
 BINS = 20  # of Figures 3 and 4, from -0.5 to 0.5: 5 % of the weights each, were they even
 
@@ -215,12 +216,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the command line."""
     p = train.one_line_parser("Tables 1 and 3, Figures 2 to 4 of trained networks.")
     add = p.add_argument
-    add("checkpoints", metavar="CHECKPOINT", nargs="+", help="last.pt or best.pt of runs")
+    add("checkpoints", type=train.a_path, metavar="CHECKPOINT", nargs="+",
+        help="last.pt or best.pt of runs")
     add("--layer", metavar="NAME", help="of the figures; None = all depthwise ones together")
-    add("--plot", metavar="FILE", help="draw (needs matplotlib); None = text only")
+    add("--plot", type=train.a_path, metavar="FILE", help="draw (needs matplotlib); None = no")
     add("--steps", type=train.within(1, 10**9), default=1000, help="of AdaRound (paper: 10000), "
         "and at most so many of training once more")
-    add("--data", metavar="DIR", help="pictures; None = where they were")
+    add("--data", type=train.a_path, metavar="DIR", help="pictures; None = where they were")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--workers", type=train.within(0, 256), default=min(8, os.cpu_count() or 1), help="loaders")
     return p.parse_args(argv)

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 import train
+from figures.summaries import print_table
 from osc_qat import OscillationTracker
 
 
@@ -33,8 +34,8 @@ def benchmark(args: argparse.Namespace) -> None:
             train.train_step(run, images, labels)  # its loss is read: a GPU has finished
             times[method].append(1000 * (time.perf_counter() - begun))
     medians = {method: median(each[2:]) for method, each in times.items()}  # 2 to warm up
-    train.print_table([{"method": method, "step ms": each, "/ FP32": each / medians["fp32"],
-                        "/ LSQ": each / medians["lsq"]} for method, each in medians.items()])
+    print_table([{"method": method, "step ms": each, "/ FP32": each / medians["fp32"],
+                  "/ LSQ": each / medians["lsq"]} for method, each in medians.items()])
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

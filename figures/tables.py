@@ -73,14 +73,15 @@ def read_run(folder: Path) -> dict:
     """The row of a finished run, from its summary.json and last.pt.
 
     Two methods have no flag. "control" is a float run that starts from weights. "random" is known
-    by the folder's name alone: figures/random_freezing.py made it. Runs keep neither torch's
-    version nor the number of threads, so these are of this process: collect where the runs were
-    made, and with their OMP_NUM_THREADS.
+    by the folder's name alone: figures/random_freezing.py made it. Older runs keep neither torch's
+    version nor the number of threads; theirs are of this process: collect where they were made,
+    and with their OMP_NUM_THREADS.
     """
     summary = json.loads((folder / "summary.json").read_text())
     last = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
     args, name, method = summary["arguments"], folder.resolve().name, summary["method"]
     shares = shares_of_weights(last["model"], last["tracker"])
+    here = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     numbers = summary | shares if shares else {key: summary[key] for key in SCORES}
     return {"run": name, "data": Path(args["data"]).resolve().name if args["data"] else "patterns",
             "network": summary["model"], "method": "random" if "-random-" in name else
@@ -88,7 +89,7 @@ def read_run(folder: Path) -> dict:
             "weight_bits": summary["weight_bits"], "act_bits": summary["act_bits"],
             "seed": summary["seed"], "flags": flags_that_differ(args), "steps": summary["step"],
             **{key: f"{numbers[key]:.6g}" if key in numbers else "" for key in SCORES + SHARES},
-            "torch": torch.__version__, "threads": torch.get_num_threads()}
+            **{key: summary.get(key, own) for key, own in here.items()}}
 
 
 def read_csv(path: Path) -> dict[str, dict[int, dict]]:
