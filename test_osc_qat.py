@@ -28,7 +28,6 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
-from itertools import islice
 from pathlib import Path
 
 import pytest

@@ -34,8 +34,12 @@ def benchmark(args: argparse.Namespace) -> None:
             train.train_step(run, images, labels)  # its loss is read: a GPU has finished
             times[method].append(1000 * (time.perf_counter() - begun))
     medians = {method: median(each[2:]) for method, each in times.items()}  # 2 to warm up
+    cuda = run.device.type == "cuda"
+    print(f"{torch.cuda.get_device_name() if cuda else 'CPU'}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}")
     print_table([{"method": method, "step ms": each, "/ FP32": each / medians["fp32"],
-                  "/ LSQ": each / medians["lsq"]} for method, each in medians.items()])
+                  "/ LSQ": each / medians["lsq"], "first step s": times[method][0] / 1000}
+                 for method, each in medians.items()])
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
