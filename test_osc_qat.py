@@ -2305,6 +2305,11 @@ def test_batches_depend_on_seed_epoch_and_step_only(data, few_patterns, pictures
     for other in (run.epoch_batches(0), run.other_batches("bn", 1),
                   start("--seed 1").epoch_batches(1)):
         assert not torch.equal(next(other)[0], whole[0][0])
+    keys = {0, 1}  # of passes, of which crops are a function; those of two epochs
+    for purpose in ("bn", "loss"):
+        next(run.other_batches(purpose, 1))
+        keys.add(run.train_set.key)
+    assert len(keys) == 4
     more = list(run.other_batches("bn", 2 * len(whole)))  # more than an epoch has
     assert len(more) == 2 * len(whole) and not torch.equal(more[0][0], more[len(whole)][0])
     run.args.processes, alike = 5, None
@@ -2463,6 +2468,18 @@ def test_a_run_learns_and_writes_log_checkpoints_and_summary(
     assert scores == {key: summary[key] for key in scores} and len(scores) == 4
     assert train.main(["--summarize", str(tmp_path), str(fp32)]) == 0
     assert re.search(rf"\| {method} +\| 3/3 ", capsys.readouterr().out)
+
+
+def test_a_stored_run_is_scored_where_this_command_says_and_is_not_compiled(monkeypatch):
+    stored = {"device": "cuda:3", "workers": 9, "compile": True, "output": "there", "data": "old",
+              "bits": 3}
+    monkeypatch.setattr(train, "read_file", lambda *_: {"arguments": stored})
+    monkeypatch.setattr(train, "Run", lambda args, checkpoint: args)
+    for data, used in ((None, "old"), ("new", "new")):
+        here = argparse.Namespace(device="cpu", workers=0, data=data)
+        assert vars(train.stored_run("here/last.pt", "--evaluate", here)) == {
+            "device": "cpu", "workers": 0, "compile": False, "output": "here/last.pt",
+            "data": used, "bits": 3}
 
 
 def test_a_summary_averages_over_seeds_and_nothing_else(tmp_path, capsys):
@@ -2662,7 +2679,8 @@ def test_odd_pictures_are_read_and_unreadable_ones_named_and_counted(
     assert deep.mean().item() == pytest.approx(40000 / 65535, abs=0.01)
 
 
-def test_the_next_readable_picture_stands_in_for_an_unreadable_one(pictures, tmp_path, capsys):
+def test_the_next_readable_picture_stands_in_for_an_unreadable_one(
+        pictures, tmp_path, capsys, monkeypatch):
     """With its own label; the last one's next is the first."""
     root = tmp_path / "data"
     shutil.copytree(pictures, root)
@@ -2677,8 +2695,14 @@ def test_the_next_readable_picture_stands_in_for_an_unreadable_one(pictures, tmp
         assert torch.equal(image, expected) and label == expected_label
     assert run.val_set[4][1] == 1 and run.val_set[16][1] == 0
     lines = capsys.readouterr().err.splitlines()
+<<<<<<< HEAD
     assert len(lines) == 3 and all("next one taken" in line for line in lines)
     assert run.val_set.unreadable.sum() == 3
+=======
+    assert len(lines) == 3 and all("the next one stands in" in line for line in lines)
+    monkeypatch.setattr(train, "over_ranks", lambda tensor: 2 * tensor)  # two processes saw them
+    assert run.unreadable_pictures() == 3
+>>>>>>> mut
 
 
 # --- train.py: bad input is one line and exit status 2 --------------------------------------------
