@@ -2695,14 +2695,8 @@ def test_the_next_readable_picture_stands_in_for_an_unreadable_one(
         assert torch.equal(image, expected) and label == expected_label
     assert run.val_set[4][1] == 1 and run.val_set[16][1] == 0
     lines = capsys.readouterr().err.splitlines()
-<<<<<<< HEAD
     assert len(lines) == 3 and all("next one taken" in line for line in lines)
     assert run.val_set.unreadable.sum() == 3
-=======
-    assert len(lines) == 3 and all("the next one stands in" in line for line in lines)
-    monkeypatch.setattr(train, "over_ranks", lambda tensor: 2 * tensor)  # two processes saw them
-    assert run.unreadable_pictures() == 3
->>>>>>> mut
 
 
 # --- train.py: bad input is one line and exit status 2 --------------------------------------------
