@@ -1000,6 +1000,8 @@ def test_bn_kl_divergence_is_that_of_torch_distributions():
     for i in (1, 4, 7):
         model[i].running_mean.normal_()
         model[i].running_var.uniform_(0.01, 3)
+    model[0].bias.data += 300  # x^2 less its mean needs float64
+    model[1].running_mean += 300
     before = snapshot(model)
     divergence = bn_kl_divergence(model, batches)
     assert_same(snapshot(model), before)
@@ -2915,7 +2917,7 @@ def test_all_rows_of_figure_2_show_the_channel_that_swings_most_in_the_first_run
     runs = {"lsq": {"a": (still, still), "b": (w_int, w_int)},
             "freeze": {"a": (w_int, w_int), "b": (still, still)}}
     drawn = []
-    monkeypatch.setattr(analyze, "distance_shares", lambda *_: torch.ones(20))
+    monkeypatch.setattr(analyze, "distance_shares", lambda *_: torch.full((20,), 5.0))
     monkeypatch.setattr(analyze, "record", lambda run, layers: {name: run[name] for name in layers})
     monkeypatch.setattr(analyze, "draw_channel", lambda *args: drawn.append(args[4:]))
     analyze.plot_figures(str(tmp_path / "a.png"), runs, ["a", "b"], "all")
