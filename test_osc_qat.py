@@ -1000,6 +1000,8 @@ def test_bn_kl_divergence_is_that_of_torch_distributions():
     for i in (1, 4, 7):
         model[i].running_mean.normal_()
         model[i].running_var.uniform_(0.01, 3)
+    model[0].bias.data += 300  # x^2 less its mean needs float64
+    model[1].running_mean += 300
     before = snapshot(model)
     divergence = bn_kl_divergence(model, batches)
     assert_same(snapshot(model), before)
@@ -2016,6 +2018,20 @@ def test_scores_are_those_of_all_validation_pictures_before_and_after_reestimati
     assert row["pre_bn_loss"] != pytest.approx(row["post_bn_loss"], rel=0.01)
 
 
+@pytest.mark.parametrize("number", [2, 1000])
+def test_three_processes_score_each_picture_once(number, tiny_run, monkeypatch):
+    """However few there are, and however many."""
+    run, scored = tiny_run("--method fp32"), []
+    run.val_set = range(number)
+    monkeypatch.setattr(run, "load", lambda _, batches: scored.extend(batches) or [
+        (torch.zeros(2, 3, 20, 20), torch.zeros(2, dtype=torch.long))])
+    monkeypatch.setattr(train, "world_size", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(train, "rank", lambda: rank)
+        train.validate(run)
+    assert sorted(torch.cat(scored).tolist()) == list(range(number)) and all(map(len, scored))
+
+
 def test_the_log_has_the_mean_loss_and_the_last_learning_rate_of_each_epoch(tiny_run, monkeypatch):
     """Also of the last epoch, of two steps instead of six."""
     run, told = tiny_run("--method lsq --steps 8 --lr-floor 0.1"), []
@@ -2960,6 +2976,21 @@ def test_figure_2_shows_the_channel_whose_integers_change_most():
     w_int[3:, 1] = 1  # both weights, once
     recorded = {"a": (still, still), "b": (w_int, w_int)}
     assert analyze.swings_most(recorded) == ("b", 2, 1, -0.5)
+
+
+def test_all_rows_of_figure_2_show_the_channel_that_swings_most_in_the_first_run(
+        tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is optional")
+    still, w_int = torch.zeros(5, 3, 2), torch.zeros(5, 3, 2)
+    w_int[1::2, 2, 1] = 1
+    runs = {"lsq": {"a": (still, still), "b": (w_int, w_int)},
+            "freeze": {"a": (w_int, w_int), "b": (still, still)}}
+    drawn = []
+    monkeypatch.setattr(analyze, "distance_shares", lambda *_: torch.full((20,), 5.0))
+    monkeypatch.setattr(analyze, "record", lambda run, layers: {name: run[name] for name in layers})
+    monkeypatch.setattr(analyze, "draw_channel", lambda *args: drawn.append(args[4:]))
+    analyze.plot_figures(str(tmp_path / "a.png"), runs, ["a", "b"], "all")
+    assert drawn == 2 * [("b", 2, 1, 0.5)] and (tmp_path / "a.png").stat().st_size > 10_000
 
 
 def test_figures_2_to_4_draw_what_was_measured(tiny_run):
