@@ -25,9 +25,8 @@ makes it happen, the measure that counts it, and two ways to stop it.
     L_dampen     dampening_loss    scalar      pull to the bin centres        lambda cos(0, 1e-3)
 
 W is the shape of a weight tensor. Integers are integer-valued float tensors. The 1e-3 belongs to
-reduction "sum" of dampening_loss. The order is the paper's, with two exceptions: the quantized
-networks of section 4 come early, since the rest works on them, and Table 3 comes last, since it
-needs the tracker. Section 2.2 is toy_oscillation.py.
+reduction "sum" of dampening_loss. The order is the paper's, but the quantized networks of section 4
+come early, since the rest works on them, and Table 3 last. Section 2.2 is toy_oscillation.py.
 """
 
 import copy
@@ -66,17 +65,16 @@ def quantize_to_int(x: Tensor, scale: Tensor, int_min: int, int_max: int,
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x; in float32 if it is in half precision, as autocast brings it, which flips roundings."""
+    """x; in float32 if it came in half precision, which flips roundings."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-# Gradient estimators, Appendix A.1 (DSQ's formula is Gong et al.'s). Each maps g = dL/dw_hat and
-# u = w/s to dL/dw inside the grid. All of them multiply g by a positive factor, which is why none
-# of them stops oscillation (A.3).
+# Gradient estimators, Appendix A.1 (DSQ: Gong et al.). Each maps g = dL/dw_hat and u = w/s to dL/dw
+# inside the grid, by a positive factor, which is why none of them stops oscillation (A.3).
 # Deviation: EWGS and PSG measure w - q(w) in steps s. In the unit of w, as A.1 has it, their effect
 # would vanish with the scale, which is about 0.05 in a trained layer.
-# Paper silent on the three constants. EWGS's, in steps, is the released code's. Its DSQ is ten
-# times softer (k = 0.5), hardly different from STE; it has no PSG.
+# Paper silent on the three constants. EWGS's is the released code's. Its DSQ is ten times softer
+# (k = 0.5), hardly different from STE; it has no PSG.
 EWGS_DELTA, PSG_EPS, DSQ_K = 0.2, 0.01, 5.0
 
 ESTIMATORS = {
@@ -187,16 +185,13 @@ class Quantizer(nn.Module):
 
         Reflected, since a clamp in the graph passes no gradient below its bound: the scale would
         stick. NaN and infinity stay and make the loss NaN; hidden, they would leave a dead layer.
-        `.data`: autograd must not take a repair for a change between forward and backward.
+        `.data`, since to autograd a repair is no change between forward and backward.
         """
         self.scale.data.abs_().clamp_(min=MIN_SCALE)
 
     def usable_scale(self, dim: int) -> Tensor:
-        """The scale, repaired and in float32 or wider, broadcastable over `dim` dimensions.
-
-        A compiled graph cannot repair in place: under torch.compile call `repair` after each step.
-        """
-        if not torch.compiler.is_compiling():
+        """The scale, repaired and in float32 or wider, broadcastable over `dim` dimensions."""
+        if not torch.compiler.is_compiling():  # which cannot: there, call `repair` after each step
             self.repair()
         scale = at_least_float32(self.scale)
         return scale.view(-1, *[1] * (dim - 1)) if self.per_channel else scale
@@ -351,9 +346,9 @@ def quantize_model(model: nn.Module, weight_bits: int, act_bits: int | None = No
     scales are MSE-initialised. Input scales are 1 until `calibrate` sets them.
 
     Args:
-        model: any network whose first and last layer in module order are its first and last, and
-            that calls its layers. Attention may read `layer.weight` instead (swin_t): such a weight
-            stays in float, and nobody sees it until `calibrate` refuses the network.
+        model: any network whose first and last layer in module order are its first and last. A
+            weight that is read past its layer's forward pass, as by swin_t's attention, stays in
+            float: `calibrate` refuses such a network.
         weight_bits, act_bits: 2 to 8; act_bits None leaves the inputs in float.
         first_last_bits: 2 to 8, of the first and the last layer's weights, and the last's input.
         per_channel: one weight scale per output channel (inputs always have one scale).
@@ -425,8 +420,7 @@ def calibrate(model: nn.Module, batches: Iterable, samples: int = 2**15) -> None
 
     Runs in evaluation mode with float inputs. A grid is signed where any batch has a negative
     input: on an unsigned grid a linear bottleneck loses half its values, on a signed one ReLU loses
-    a bit. ValueError where no batch reaches a layer (weights only as well), or an input is not
-    finite.
+    a bit. ValueError where no batch reaches a layer, or an input is not finite.
 
     Args:
         model: from quantize_model.
@@ -497,8 +491,8 @@ def batch_statistics(model: nn.Module, momentum: float | None):
 def reestimate_bn(model: nn.Module, batches: Iterable) -> None:
     """Replaces BN's running statistics by the plain mean of the statistics of the given batches.
 
-    The remedy of section 2.3.1 for statistics that went stale under oscillating weights. Variances
-    are the unbiased ones that BN itself keeps. All else stays; where a batch fails, BN too.
+    Section 2.3.1: the remedy for statistics that went stale. Variances are the unbiased ones that
+    BN itself keeps. All else stays; where a batch fails, BN too.
 
     Args:
         model: any network; a BN that no batch reaches keeps its statistics.
@@ -524,9 +518,8 @@ def reestimate_bn(model: nn.Module, batches: Iterable) -> None:
 def bn_kl_divergence(model: nn.Module, batches: Iterable) -> dict[str, Tensor]:
     """Table 1: KL divergence of BN's running statistics q from the population's p, per channel.
 
-    Paper silent on how p is taken: here mean and variance of all inputs of the layer over all
-    batches, while BN normalises by the batch, as in training. So a layer is charged with its own
-    stale statistics only. The model stays as it was.
+    Paper silent on p: here mean and variance of all inputs of the layer over all batches, while BN
+    normalises by the batch. So a layer answers for its own statistics only. The model stays as is.
 
     Args:
         model, batches: as for reestimate_bn. Every BN must be reached, or ValueError.
@@ -566,8 +559,7 @@ def bn_kl_divergence(model: nn.Module, batches: Iterable) -> dict[str, Tensor]:
 class OscillationTracker:
     """Oscillation frequency of every low-bit weight (Eq. 4), and iterative freezing (Algorithm 1).
 
-    Call `step` once after each optimizer step and nowhere else. All layers are one flat vector
-    here: a dozen passes over it, however many layers there are.
+    Call `step` once after each optimizer step and nowhere else. All layers are one flat vector.
     Deviation: the released code tracks in every forward pass, evaluation too, where no weight
     changes and f decays. Its f is lower than ours, so its published f_th freeze more weights here.
 
@@ -612,10 +604,9 @@ class OscillationTracker:
     def _freeze(self, above: Tensor, w_int: Tensor) -> Tensor:
         """Freezes weights above the threshold at round(EMA_{t-1}(w_int)); returns all integers.
 
-        The mean of an oscillating integer is the optimum in steps (section 2.2). Rounded, it is the
-        state with more of the time, the nearer one; the current integer is either of the two by
-        chance. If the weight came a long way shortly before, the mean lags behind it, and can round
-        to an integer that the weight has left. Algorithm 1 has it so.
+        The mean of an oscillating integer is the optimum in steps (section 2.2); rounded, it is the
+        nearer state. The current integer is either of the two by chance. The mean lags behind a
+        weight that came a long way, and can round to an integer that the weight has left.
         """
         frozen = self._gather(layer.frozen for layer in self.layers.values()) > 0
         w_int = torch.where(above & ~frozen, self.ema_int.round(), w_int)
@@ -661,8 +652,8 @@ class OscillationTracker:
         """Weights with f_t > threshold that are not frozen, by layer: W, bool.
 
         None is 5 m, the paper's 0.005 at m = 0.001. k reversals within a few steps give
-        f = 1 - (1 - m)^k, about k m, so six of them pass 5 m. A reversal every n steps, for long,
-        gives f = 1 / n, so it passes if n < 1 / (5 m). From m = 0.2 on no f can pass.
+        f = 1 - (1 - m)^k, about k m: six pass 5 m. A reversal every n steps, for long, gives
+        f = 1 / n, which passes if n < 1 / (5 m). From m = 0.2 on no f can pass.
         """
         threshold = 5 * self.momentum if threshold is None else threshold
         frozen = self.frozen()
@@ -727,7 +718,7 @@ def dampening_loss(model: nn.Module, reduction: str = "sum", max_bits: int = 4) 
         with torch.no_grad():
             s = q.usable_scale(w.dim())
             # Outside the grid w_hat is its limit, as clip(w) is: no loss, so w stands for both.
-            # Deviation: a frozen weight has no part in it, so that its gradient is 0 here as well.
+            # Deviation: a frozen weight has no part in it: its gradient is 0 here as well.
             inside = (w.clamp(s * q.int_min, s * q.int_max) == w) & (layer.frozen == 0)
             w_hat = torch.where(inside, quantize_to_int(w, s, q.int_min, q.int_max).mul_(s), w)
         norm = F.mse_loss(w, w_hat, reduction="sum")
@@ -756,8 +747,8 @@ def sample_oscillating_weights(model: nn.Module, tracker: OscillationTracker,
                                threshold: float | None = None) -> int:
     """Rounds the oscillating weights at random, in place: the stochastic rounding of Table 3.
 
-    A weight that oscillates between two integers takes the upper one with probability p(w_up), its
-    share of time there. The tracker stays as it was, to sample again. Returns how many.
+    An oscillating weight takes the upper of its two integers with probability p(w_up), its share of
+    time there. The tracker stays as it was, to sample again. Returns how many.
 
     Args:
         model: the tracker's, or a copy of it.

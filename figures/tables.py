@@ -73,14 +73,15 @@ def read_run(folder: Path) -> dict:
     """The row of a finished run, from its summary.json and last.pt.
 
     Two methods have no flag. "control" is a float run that starts from weights. "random" is known
-    by the folder's name alone: figures/random_freezing.py made it. Runs keep neither torch's
-    version nor the number of threads, so these are of this process: collect where the runs were
-    made, and with their OMP_NUM_THREADS.
+    by the folder's name alone: figures/random_freezing.py made it. Older runs keep neither torch's
+    version nor the number of threads; theirs are of this process: collect where they were made,
+    and with their OMP_NUM_THREADS.
     """
     summary = json.loads((folder / "summary.json").read_text())
     last = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
     args, name, method = summary["arguments"], folder.resolve().name, summary["method"]
     shares = shares_of_weights(last["model"], last["tracker"])
+    here = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     numbers = summary | shares if shares else {key: summary[key] for key in SCORES}
     return {"run": name, "data": Path(args["data"]).resolve().name if args["data"] else "patterns",
             "network": summary["model"], "method": "random" if "-random-" in name else
@@ -88,7 +89,7 @@ def read_run(folder: Path) -> dict:
             "weight_bits": summary["weight_bits"], "act_bits": summary["act_bits"],
             "seed": summary["seed"], "flags": flags_that_differ(args), "steps": summary["step"],
             **{key: f"{numbers[key]:.6g}" if key in numbers else "" for key in SCORES + SHARES},
-            "torch": torch.__version__, "threads": torch.get_num_threads()}
+            **{key: summary.get(key, own) for key, own in here.items()}}
 
 
 def read_csv(path: Path) -> dict[str, dict[int, dict]]:
@@ -114,14 +115,14 @@ MEASURES = {"gap": (gap, 1), "top-1 after": (lambda run: run["post_bn_top1"], 2)
             "edge": (lambda run: run["edge"] - 10, 1)}
 F_TH = "w3-fth0.004 w3-fth0.008 w3-fth0.016 w3-fth0.03"
 LAMBDA = "w3-lambda0.1 w3-lambda0.3 w3-lambda1"
-# Claim, measure, and the sign of the difference as stated: its settings. A setting is its text, a
-# group, its rivals (of several, the best by its mean counts; none is 0), and the last seed on
+# Claim, measure, and the sign of the difference as stated: its settings. A setting is its name and
+# text, a group, its rivals (of several, the best by its mean counts; none is 0), and the last seed on
 # patterns and on photographs (0 = not planned; there, groups are named "cifar-" and so).
 CLAIMS = {
     ("BN goes stale under oscillation", "gap", +1): [
         ("W3: LSQ - control", "w3-lsq", "control", 9, 6),
         ("W4A4: LSQ - control", "w4a4-lsq", "control", 9, 6),
-        ("W3, BN momentum 0.1, learning rate to 0: LSQ - control",
+        ("BN 0.1: W3, BN momentum 0.1, learning rate to 0, LSQ - control",
          "zero-lsq", "zero-control", 6, 0)],
     ("Freezing closes the gap", "gap", -1): [
         ("W3: freezing - LSQ", "w3-freeze", "w3-lsq", 9, 6),
@@ -130,8 +131,8 @@ CLAIMS = {
         ("W3: dampening - LSQ", "w3-dampen", "w3-lsq", 9, 6),
         ("W4A4: dampening - LSQ", "w4a4-dampen", "w4a4-lsq", 9, 6)],
     ("Fewer bits, larger gap", "gap", +1): [
-        ("LSQ: W4 - W8", "w4-lsq", "w8-lsq", 6, 0),
-        ("LSQ: W3 - W4", "w3-lsq", "w4-lsq", 6, 0)],
+        ("4 bits: LSQ, W4 - W8", "w4-lsq", "w8-lsq", 6, 0),
+        ("3 bits: LSQ, W3 - W4", "w3-lsq", "w4-lsq", 6, 0)],
     ("Freezing stops the weights that swing", "gap", -1): [
         ("W3: freezing - random freezing", "w3-freeze", "w3-random", 6, 0)],
     ("Weights rest on the thresholds (Figure 3)", "edge", +1): [
@@ -145,14 +146,14 @@ CLAIMS = {
         ("W4A4: dampening - LSQ", "w4a4-dampen", "w4a4-lsq", 9, 6),
         ("W2: dampening - LSQ", "w2-dampen", "w2-lsq", 6, 0)],
     ("Annealed beats constant", "top-1 after", +1): [
-        ("W3: annealed f_th - best constant", "w3-freeze", F_TH, 6, 0),
-        ("W3: annealed lambda - best constant", "w3-dampen", LAMBDA, 6, 0)],
+        ("f_th: W3, annealed - best constant", "w3-freeze", F_TH, 6, 0),
+        ("lambda: W3, annealed - best constant", "w3-dampen", LAMBDA, 6, 0)],
     ("No estimator stops oscillation", "gap", +1): [
-        ("W3: EWGS - control", "w3-ewgs", "control", 6, 0),
-        ("W3: DSQ - control", "w3-dsq", "control", 6, 0),
-        ("W3: PSG - control", "w3-psg", "control", 6, 0)],
+        ("EWGS: W3, EWGS - control", "w3-ewgs", "control", 6, 0),
+        ("DSQ: W3, DSQ - control", "w3-dsq", "control", 6, 0),
+        ("PSG: W3, PSG - control", "w3-psg", "control", 6, 0)],
     ("Depthwise layers suffer, dense ones hardly", "gap", +1): [
-        ("W3, LSQ: depthwise - dense", "w3-lsq", "dense-w3-lsq", 6, 0)]}
+        ("W3: LSQ, depthwise - dense", "w3-lsq", "dense-w3-lsq", 6, 0)]}
 # 0.975 quantiles of Student's t for 1, 2, ... degrees of freedom, from the usual table.
 T_975 = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.30600)
 
@@ -229,11 +230,19 @@ def group_row(runs: dict[int, dict]) -> dict[str, str]:
 
 
 def results(groups: dict) -> str:
-    """The methods at W3 and W4A4, and the control."""
-    names = [f"{data}{setting}" for data in ("cifar-", "") for setting in (
-        "w3-lsq", "w3-dampen", "w3-freeze", "w4a4-lsq", "w4a4-dampen", "w4a4-freeze", "control")]
-    rows = [group_row(groups[name]) for name in names if name in groups]
-    return markdown([dict(list(row.items())[:9]) for row in rows])
+    """The methods at W3, and the control: means, and the gap's standard deviation."""
+    names = [f"{data}{setting}" for data in ("cifar-", "")
+             for setting in ("w3-lsq", "w3-dampen", "w3-freeze", "control")]
+    columns = ("data", "W/A", "method", "runs", "gap %", "osc. %")
+    rows = []
+    for runs in (groups[name] for name in names if name in groups):
+        row = group_row(runs)
+        before, after = (mean(run[f"{when}_bn_top1"] for run in runs.values())
+                         for when in ("pre", "post"))
+        rows.append({key: row[key] for key in columns[:4]}
+                    | {"top-1, pre → post": f"{before:.1f} → {after:.1f}"}
+                    | {key: row[key] for key in columns[4:]})
+    return markdown(rows)
 
 
 def mean_interval(values: list[float] | None, digits: int) -> str:
@@ -243,9 +252,9 @@ def mean_interval(values: list[float] | None, digits: int) -> str:
     return f"{mean(values):+.{digits}f} [{ends}]"
 
 
-def claims(groups: dict) -> str:
-    """The verdicts, and what they rest on."""
-    rows, all_sides = [], []
+def compared(groups: dict) -> list[dict]:
+    """A row a setting, with the sides of its intervals."""
+    rows = []
     for (claim, measure, sign), settings in CLAIMS.items():
         for setting, left, rivals, *last in settings:
             found = {data: differences(groups, measure, left, rivals, seeds, prefix)
@@ -253,21 +262,38 @@ def claims(groups: dict) -> str:
                                                     ("", "cifar-")) if seeds}
             sides = {data: values and side(sign, interval(values))
                      for data, values in found.items()}
-            all_sides += sides.values()
             told = {data: mean_interval(values, MEASURES[measure][1])
                     for data, values in found.items()}
-            rows.append({"claim": claim if setting == settings[0][0] else "",
-                         "difference": f"{measure}, {setting} {'<>'[sign > 0]} 0",
+            rows.append({"claim": claim, "difference": f"{measure}, {setting} {'<>'[sign > 0]} 0",
                          "runs": ", ".join(map(str, filter(None, last))),
                          "patterns": told["patterns"], "CIFAR-10": told.get("photographs", "–"),
-                         "verdict": verdict(sides)})
+                         "verdict": verdict(sides), "sides": [*sides.values()]})
+    return rows
+
+
+def claims(groups: dict) -> str:
+    """The verdict on each setting, and what it rests on."""
+    rows = compared(groups)
+    all_sides = [each for row in rows for each in row.pop("sides")]
     return (f"{markdown(rows)}\n\nOf {len(all_sides)} comparisons, {all_sides.count(1)} intervals "
             f"exclude 0 in the direction stated, {all_sides.count(-1)} in the opposite one, "
             f"{all_sides.count(0)} in\nneither; {all_sides.count(None)} are open.")
 
 
+def verdicts(groups: dict) -> str:
+    """A row a claim: the numbers of its first setting, and the verdicts on all, by name."""
+    rows = {}
+    for row in compared(groups):
+        name = row["difference"].partition(", ")[2].partition(":")[0]
+        first = rows.setdefault(row["claim"], {
+            "claim": row["claim"], "verdicts": [], "measure": row["difference"].partition(",")[0],
+            "of": name, "patterns": row["patterns"], "CIFAR-10": row["CIFAR-10"]})
+        first["verdicts"].append(f"{name} {row['verdict']}")
+    return markdown([row | {"verdicts": ", ".join(row["verdicts"])} for row in rows.values()])
+
+
 TABLES = {
-    "results": results, "claims": claims,
+    "results": results, "verdicts": verdicts, "claims": claims,
     "groups": lambda groups: markdown([{"group": g} | group_row(groups[g]) for g in groups])}
 
 
