@@ -25,7 +25,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+import traceback
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -1283,7 +1284,7 @@ def test_onnxruntime_computes_the_same_logits(onnx, name, bits, act_bits, per_ch
 
 
 class Tokens(nn.Module):
-    """Linear layers on (N, 16, 12), (N, 16, 32) and (N, 16), the last in front of a ReLU and one."""
+    """Linear layers of inputs (N, 16, 12), (N, 16, 32) and (N, 16); the third is before a ReLU."""
 
     def __init__(self, bias):
         super().__init__()
@@ -1300,7 +1301,7 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("bits, act_bits", [(4, 4), (8, 8), (4, None), (8, None)])
 def test_onnxruntimes_optimiser_leaves_linear_layers_alone(onnx, bits, act_bits, bias, per_channel):
-    """It has fused them into kernels that quantize inputs or biases anew, or failed to load them."""
+    """It fused them into kernels that quantize inputs or biases anew, or did not load them."""
     net = quantize_model(Tokens(bias), bits, act_bits, per_channel=per_channel).eval()
     x = torch.randn(16, 3, 8, 8)
     calibrate(net, [x])
@@ -3130,17 +3131,18 @@ def test_a_second_run_in_a_folder_is_refused_or_waits_until_the_first_is_done(tm
     assert entered.is_set()
 
 
-def two_ranks(fork, command, errors, *strokes):
+def two_ranks(fork, command, errors, *strokes, be=be_command):
     """Exit codes, and what was said on standard error, of a job of two processes."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     job = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    ranks = [fork(be_command, command, f"{errors}{rank}", stroke,
+    ranks = [fork(be, command, f"{errors}{rank}", stroke,
                   dict(job, RANK=str(rank), LOCAL_RANK=str(rank)))
              for rank, stroke in enumerate(strokes)]
     for process in ranks:
-        process.join(60)
+        process.join(200)
         process.kill()  # where it hangs
+        process.join()
     return ([process.exitcode for process in ranks],
             [Path(f"{errors}{rank}").read_text() for rank in (0, 1)])
 
@@ -3271,6 +3273,186 @@ def test_the_code_that_torch_compile_makes_rounds_as_to_int_does_at_every_thresh
             ends.append([(x_hat / scale).round(), *torch.autograd.grad(x_hat, (leaf, q.scale), g)])
         assert torch.equal(ends[0][0], q.to_int(x))
         assert_close(*ends, rtol=1e-4, atol=1e-5)
+
+
+# --- On a GPU: each of these runs in a process of its own, which sees it ---------------------------
+
+DEVICE = "cuda"
+
+
+def see_gpu(visible, body=None, *args):
+    """A child process: calls body(DEVICE, *args), or only says by its exit code whether it could."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False  # float32 as a CPU's, so that tolerances can be narrow
+    if body is None:
+        sys.exit(not torch.cuda.is_available())
+    body(DEVICE, *args)
+
+
+def tell(said, *call):
+    with open(said, "w") as file, redirect_stdout(file), redirect_stderr(file):
+        try:
+            see_gpu(*call)
+        except BaseException:
+            traceback.print_exc()
+            sys.exit(1)
+
+
+@pytest.fixture
+def on_gpu(fork, tmp_path):
+    """Calls a function of this file with DEVICE and more arguments in a process that sees a GPU."""
+    probe = fork(see_gpu, GPUS)
+    probe.join()
+    if DEVICE == "cuda" and probe.exitcode:
+        pytest.skip("no GPU that torch can use")
+
+    def call(body, *args):
+        process = fork(tell, tmp_path / "said", GPUS, body, *args)
+        process.join()
+        assert process.exitcode == 0, (tmp_path / "said").read_text()
+
+    return call
+
+
+def compare_integers(device, grids, compiled):
+    for bits, signed in grids:
+        q = Quantizer(bits, signed)
+        twin = copy.deepcopy(q).to(device)
+        call = torch.compile(twin, fullgraph=True, dynamic=False) if compiled else twin
+        for scale in torch.rand(20) * 0.3 + 0.01:
+            q.scale.data.fill_(scale)
+            twin.scale.data.fill_(scale)
+            x = thresholds(q, scale)
+            g, ends = torch.randn_like(x), []
+            for each, there in ((q, "cpu"), (call, device)):
+                leaf = x.to(there).requires_grad_()
+                x_hat = each(leaf)
+                x_hat.backward(g.to(there))
+                ends.append([x_hat.detach().cpu(), leaf.grad.cpu()])
+            assert_same(*ends)
+            assert_same(twin.to_int(x.to(device)).cpu(), q.to_int(x))
+            assert_same((ends[1][0] / scale).round(), q.to_int(x))
+            assert_close(twin.scale.grad.cpu(), q.scale.grad, rtol=1e-4, atol=1e-4)
+            q.scale.grad = twin.scale.grad = None
+
+
+ALL_GRIDS = list(itertools.product(range(2, 9), (True, False)))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu_every_threshold_rounds_as_on_the_cpu(compiled, on_gpu):
+    """Eq. 1 and Eq. 2 to the last bit; LSQ's sum to 1e-4. Compiled code differs by bits alone."""
+    on_gpu(compare_integers, [(4, True), (8, False)] if compiled else ALL_GRIDS, compiled)
+
+
+def compare_training(device, estimator):
+    model = small_net(3, 3, per_channel=True, estimator=estimator).double()
+    calibrate(model, [batch.double() for batch in images()])
+    model[8].p = 0.0  # dropout
+    tracker, _ = freeze_half(model)
+    twin = copy.deepcopy(model).to(device)
+    twin_tracker, ends = OscillationTracker(twin, 0.5), []
+    twin_tracker.load_state_dict(tracker.state_dict())
+    for net, its_tracker, there in ((model, tracker, "cpu"), (twin, twin_tracker, device)):
+        optimizer, losses = torch.optim.SGD(net.train().parameters(), 0.05, 0.9), []
+        torch.manual_seed(0)
+        batches = [batch.double().to(there) for batch in images(8)]
+        for x in batches:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(net(x), torch.arange(len(x), device=there) % 5)
+            loss = loss + 0.1 * dampening_loss(net)
+            loss.backward()
+            optimizer.step()
+            its_tracker.step(0.4)
+            losses.append(loss.item())
+        gradients = {name: p.grad for name, p in net.named_parameters()}
+        reestimate_bn(net, batches)
+        ends.append([losses, gradients, net.state_dict(), its_tracker.state_dict(),
+                     bn_kl_divergence(net, batches[:2])])
+    assert_close(*ends, rtol=1e-6, atol=1e-9, check_device=False)
+    assert 0.5 < tracker.frozen_share() < 1 and twin_tracker.frozen_share() > 0.5
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_on_a_gpu_eight_steps_are_those_of_the_cpu(estimator, on_gpu):
+    """Losses, gradients, tracker, freezing, dampening, BN re-estimation, Table 1; in float64."""
+    on_gpu(compare_training, estimator)
+
+
+def compare_files(device):
+    pytest.importorskip("onnx")
+    model = small_net(3, 4)
+    calibrate(model, images())
+    freeze_half(model)
+    content = osc_qat.export_onnx(model, (3, 12, 12), {})
+    assert osc_qat.export_onnx(model.to(device), (3, 12, 12), {}) == content
+
+
+def test_on_a_gpu_the_onnx_file_is_that_of_the_cpu(onnx, on_gpu):
+    on_gpu(compare_files)
+
+
+def interrupted(*command):
+    """Stops before the eighth step; a checkpoint of seven is there."""
+    with pytest.MonkeyPatch.context() as patch:
+        strike("train_step", 7, partial(fail, KeyboardInterrupt()), patch.setattr)
+        assert train.main([*command]) == 2
+
+
+def train_and_cross(device, pictures, fp32, output, flags):
+    """Seven steps on one device, the others on the other, both ways; scores on either."""
+    pairs = [(device, device), (device, "cpu"), ("cpu", device)]
+    for k, (first, then) in enumerate(pairs[:1] if "compile" in flags else pairs):
+        folder = output / str(k)
+        command = qat(pictures, fp32, folder, "--method freeze --resume --checkpoint-every 1", flags)
+        interrupted(*command, "--device", first)
+        before = torch.load(folder / "last.pt", weights_only=True)
+        assert before["step"] == 7
+        assert train.main([*command, "--device", then]) == 0
+        summary, rows = read(folder)
+        assert rows[-1]["step"] == 12 and rows[1]["loss"] < rows[0]["loss"]
+        assert summary["post_bn_top1"] > 90 and summary["frozen"] > 0
+        after = torch.load(folder / "last.pt", weights_only=True)["model"]
+        for name, mask in before["model"].items():  # for the rest of training
+            if name.endswith(".frozen"):
+                assert (after[name] >= mask).all()
+                assert_same(after[f"{name}_int"][mask > 0], before["model"][f"{name}_int"][mask > 0])
+        runs = [train.stored_run(folder / "last.pt", "--evaluate", train.parse(
+            split("--workers 0 --data", pictures, "--device", place))) for place in ("cpu", device)]
+        assert_same(*[{name: layer.weight_int().cpu() for name, layer in
+                       quant_layers(run.model).items()} for run in runs])
+        if "32" in flags:  # else a sum in another order crosses thresholds of inputs
+            assert train.validate(runs[0]) == pytest.approx(train.validate(runs[1]), rel=1e-3)
+
+
+@pytest.mark.parametrize("flags", ["--act-bits 32", "--act-bits 3", "--amp", "--compile"])
+def test_on_a_gpu_a_run_learns_resumes_and_its_checkpoint_crosses_to_the_cpu_and_back(
+        flags, pictures, fp32, on_gpu, tmp_path):
+    on_gpu(train_and_cross, pictures, fp32, tmp_path / "runs", flags)
+
+
+def be_gpu_rank(command, errors, visible, environment):
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    if torch.cuda.device_count() < 2:  # NCCL refuses to share one; gloo does not
+        start, environment["LOCAL_RANK"] = torch.distributed.init_process_group, "0"
+        torch.distributed.init_process_group = lambda backend: start("gloo")
+    be_command(command, errors, ("save_checkpoint", 6, keep_state), environment)
+
+
+def test_on_a_gpu_two_processes_train_one_network(fork, pictures, fp32, on_gpu, tmp_path):
+    """By NCCL where there are two GPUs, else by gloo on one: weights and trackers are the same."""
+    command = [*shared_run(pictures, fp32, tmp_path / "out"), "--device", DEVICE]
+    codes, errors = two_ranks(fork, command, tmp_path / "errors", GPUS, GPUS, be=be_gpu_rank)
+    assert codes == [0, 0], errors
+    (tracker, model, bn), (tracker_1, model_1, _) = [
+        torch.load(tmp_path / f"out/rank{rank}", weights_only=True, map_location="cpu")
+        for rank in (0, 1)]
+    for name in bn:  # each its own until they are averaged
+        del model[name], model_1[name]
+    assert_same((tracker, model), (tracker_1, model_1))
+    summary, _ = read(tmp_path / "out")
+    assert summary["frozen"] > 0 and summary["post_bn_top1"] > 90
 
 
 # --- train.py: what users run into ----------------------------------------------------------------
