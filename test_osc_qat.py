@@ -56,6 +56,8 @@ PER_CHANNEL = pytest.mark.parametrize("per_channel", [False, True])
 # The networks here are small: a second thread waits more than it works. Child processes inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# A shell has its background jobs ignore Ctrl-C, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Exact numbers are a CPU's. This process sees no GPU, nor do its children but those of "On a GPU".
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -1926,10 +1928,12 @@ def test_an_accumulated_step_is_one_step_of_the_whole_batch(tiny_run):
 @pytest.mark.parametrize("pictures_there, sizes", [(8, [2, 2, 2, 2]), (5, [3, 2]), (2, [2])])
 def test_a_part_of_an_accumulated_batch_has_two_images_or_more(pictures_there, sizes, tiny_run):
     """Batch norm needs them; data of few pictures make batches smaller than --batch-size."""
-    x, y = torch.rand(pictures_there, 3, 4, 4), torch.arange(pictures_there)
-    images, labels = zip(*tiny_run("--accumulate 4").parts(x, y))
-    assert [len(part) for part in images] == [len(part) for part in labels] == sizes
-    assert torch.equal(torch.cat(images), x) and torch.equal(torch.cat(labels), y)
+    run, seen = tiny_run("--accumulate 4"), []
+    forward = run.forward
+    run.forward = lambda model, part: seen.append(part) or forward(model, part)
+    x = torch.rand(pictures_there, 3, 20, 20)
+    train.train_step(run, x, torch.arange(pictures_there) % 3)
+    assert [len(part) for part in seen] == sizes and torch.equal(torch.cat(seen), x)
 
 
 def test_dropout_depends_on_seed_step_and_process_and_not_on_what_was_drawn_before(tiny_run):
@@ -2052,6 +2056,9 @@ def test_the_log_has_the_mean_loss_and_the_last_learning_rate_of_each_epoch(tiny
     assert run.rows[1]["lr"] == pytest.approx(cosine(0.2, 0.02, 7 / 8))
 
 
+SCORES = "pre_bn_top1", "pre_bn_loss", "post_bn_top1", "post_bn_loss"
+
+
 def test_best_pt_is_the_first_of_the_best_by_top_1_and_last_pt_is_written_last(
         tiny_run, monkeypatch):
     """By top-1 after re-estimation. Once last.pt ends an epoch, nothing writes its row again."""
@@ -2059,7 +2066,7 @@ def test_best_pt_is_the_first_of_the_best_by_top_1_and_last_pt_is_written_last(
     monkeypatch.setattr(train, "save_atomically", lambda path, _: written.append(path.name))
     epochs = (90, 1, 50, 4), (10, 9, 70, 3), (99, 2, 70, 2), (20, 3, 60, 1)
     for epoch, scored in enumerate(epochs):
-        monkeypatch.setattr(train, "scores", lambda run: dict(zip(train.SCORES, scored)))
+        monkeypatch.setattr(train, "scores", lambda run: dict(zip(SCORES, scored)))
         train.finish_epoch(run, epoch + 1)
     assert written == ["log.csv", "best.pt", "last.pt"] * 2 + ["log.csv", "last.pt"] * 2
 
@@ -2071,7 +2078,7 @@ def test_seconds_add_up_over_resumed_parts_and_the_float_score_is_the_float_netw
     monkeypatch.setattr(train, "time", clock)
     run = tiny_run("--method", method)
     run.fp32_top1 = 12.5 if method == "lsq" else None
-    run.rows = [dict.fromkeys(train.SCORES, 1.0) | {"pre_bn_top1": 70.0}]
+    run.rows = [dict.fromkeys(SCORES, 1.0) | {"pre_bn_top1": 70.0}]
     clock.now = 130.0
     train.save_checkpoint(run, "last.pt")
     clock.now = 1000.0
@@ -2857,8 +2864,8 @@ def test_benchmark_times_all_methods_in_turn(few_patterns, tmp_path, monkeypatch
     assert benchmark.main(split(flags)) == 0
     rows = [[row["method"], *map(float, list(row.values())[1:])]
             for row in table(capsys.readouterr().out)]
-    assert rows == [["fp32", 4, 1, 0.5], ["lsq", 8, 2, 1], ["dampen", 12, 3, 1.5],
-                    ["freeze", 16, 4, 2]]
+    assert rows == [["fp32", 4, 1, 0.5, 0.2], ["lsq", 8, 2, 1, 0.4], ["dampen", 12, 3, 1.5, 0.6],
+                    ["freeze", 16, 4, 2, 0.8]]
     assert next(rounds, None) is None and not os.listdir(tmp_path)
 
 
@@ -3073,7 +3080,7 @@ FULL = "--output {}/last.pt: cannot be written ([Errno 27] File too large"
 
 
 @pytest.mark.parametrize("name, act, words, saved", [
-    ("train_step", explode, "loss became nan at step 4 of 12", 4),
+    ("train_step", explode, "loss became nan after 4 of 12 steps", 4),
     ("save_checkpoint", spoil_a_weight, "weights became NaN or infinite at step 4", 2),
     ("save_checkpoint", partial(fill_the_disk, 5000), FULL, 2),
     ("save_checkpoint", partial(fill_the_disk, 200_000), FULL, 2)])
@@ -3186,7 +3193,7 @@ def test_a_loss_that_breaks_in_one_process_stops_all_at_the_same_step(
     command, stroke = shared_run(pictures, fp32, tmp_path / "out"), ("train_step", 2, explode)
     codes, errors = two_ranks(fork, command, tmp_path / "rank", None, stroke)
     assert codes == [2, 2] and errors[0] == errors[1]
-    assert "loss became nan at step 2 of 6" in errors[0] and errors[0].count("\n") == 1
+    assert "loss became nan after 2 of 6 steps" in errors[0] and errors[0].count("\n") == 1
     content = torch.load(tmp_path / "out/last.pt", weights_only=True)
     assert content["step"] == 2
     assert all(tensor.isfinite().all() for tensor in content["model"].values())
@@ -3206,7 +3213,7 @@ def test_a_dead_process_ends_the_job_and_resuming_ends_as_if_it_had_lived(
     (tmp_path / "driver.py").write_text(
         f"import os, {__name__} as tests\nif os.environ['RANK'] == '1':\n"
         "    tests.strike('train_step', 4, tests.die_once_saved)\n"
-        "tests.train.run_script()")
+        "tests.train.run_script(tests.train.main)")
     command = shared_run(pictures, fp32, tmp_path / "out")
     launch = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     done = subprocess.run(
@@ -3221,18 +3228,18 @@ def test_a_dead_process_ends_the_job_and_resuming_ends_as_if_it_had_lived(
 
 def test_under_amp_quantizers_trackers_and_bn_stay_in_float32(
         pictures, fp32, tmp_path, monkeypatch):
-    """bfloat16 reaches the quantizers and goes no further."""
+    """bfloat16 goes through input quantizers, which compute in float32, and no further."""
     forward, dtypes = Quantizer.forward, set()
 
-    def watched(quantizer, x):
-        x_hat = forward(quantizer, x)
+    def watched(quantizer, x, *frozen):
+        x_hat = forward(quantizer, x, *frozen)
         dtypes.add((x.dtype, x_hat.dtype))
         return x_hat
 
     monkeypatch.setattr(Quantizer, "forward", watched)
     command = qat(pictures, fp32, tmp_path, "--method freeze --epochs 1 --amp")
     assert train.main(command) == 0
-    assert dtypes == {(dtype, torch.float32) for dtype in (torch.bfloat16, torch.float32)}
+    assert dtypes == {(dtype, dtype) for dtype in (torch.bfloat16, torch.float32)}
     run = train.stored_run(str(tmp_path / "last.pt"), "--evaluate", train.parse(command))
     states = [run.model.state_dict(), run.tracker.state_dict()]
     states += [state for each in run.optimizers for state in each.state_dict()["state"].values()]
