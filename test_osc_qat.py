@@ -3157,7 +3157,7 @@ def test_a_dead_process_ends_the_job_and_resuming_ends_as_if_it_had_lived(
     (tmp_path / "driver.py").write_text(
         f"import os, {__name__} as tests\nif os.environ['RANK'] == '1':\n"
         "    tests.strike('train_step', 4, tests.die_once_saved)\n"
-        "tests.train.run_script()")
+        "tests.train.run_script(tests.train.main)")
     command = shared_run(pictures, fp32, tmp_path / "out")
     launch = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     done = subprocess.run(
@@ -3347,7 +3347,7 @@ def test_on_a_gpu_the_onnx_file_is_that_of_the_cpu(onnx, on_gpu):
 def interrupted(*command):
     """Stops before the eighth step; a checkpoint of seven is there."""
     with pytest.MonkeyPatch.context() as patch:
-        strike("train_step", 7, partial(fail, KeyboardInterrupt()), patch.setattr)
+        strike("train_step", 7, partial(fail, train.UserError("cut")), patch.setattr)
         assert train.main([*command]) == 2
 
 
@@ -3396,7 +3396,7 @@ def test_on_a_gpu_two_processes_train_one_network(fork, pictures, fp32, on_gpu, 
     command = [*shared_run(pictures, fp32, tmp_path / "out"), "--device", DEVICE]
     codes, errors = two_ranks(fork, command, tmp_path / "errors", GPUS, GPUS, be=be_gpu_rank)
     assert codes == [0, 0], errors
-    (tracker, model, bn), (tracker_1, model_1, _) = [
+    (tracker, model, bn, *_), (tracker_1, model_1, *_) = [
         torch.load(tmp_path / f"out/rank{rank}", weights_only=True, map_location="cpu")
         for rank in (0, 1)]
     for name in bn:  # each its own until they are averaged
