@@ -233,15 +233,14 @@ def results(groups: dict) -> str:
     """The methods at W3, and the control: means, and the gap's standard deviation."""
     names = [f"{data}{setting}" for data in ("cifar-", "")
              for setting in ("w3-lsq", "w3-dampen", "w3-freeze", "control")]
-    columns = ("data", "W/A", "method", "runs", "gap %", "osc. %")
     rows = []
     for runs in (groups[name] for name in names if name in groups):
         row = group_row(runs)
         before, after = (mean(run[f"{when}_bn_top1"] for run in runs.values())
                          for when in ("pre", "post"))
-        rows.append({key: row[key] for key in columns[:4]}
-                    | {"top-1, pre → post": f"{before:.1f} → {after:.1f}"}
-                    | {key: row[key] for key in columns[4:]})
+        rows.append({"data": row["data"], "method": row["method"],
+                     "top-1, pre → post": f"{before:.1f} → {after:.1f}",
+                     "gap %": row["gap %"], "osc. %": row["osc. %"]})
     return markdown(rows)
 
 
@@ -285,9 +284,8 @@ def verdicts(groups: dict) -> str:
     rows = {}
     for row in compared(groups):
         name = row["difference"].partition(", ")[2].partition(":")[0]
-        first = rows.setdefault(row["claim"], {
-            "claim": row["claim"], "verdicts": [], "measure": row["difference"].partition(",")[0],
-            "of": name, "patterns": row["patterns"], "CIFAR-10": row["CIFAR-10"]})
+        first = rows.setdefault(row["claim"], {"claim": row["claim"], "verdicts": []} | {
+            data: row[data] for data in ("patterns", "CIFAR-10")})
         first["verdicts"].append(f"{name} {row['verdict']}")
     return markdown([row | {"verdicts": ", ".join(row["verdicts"])} for row in rows.values()])
 
