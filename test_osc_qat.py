@@ -3403,7 +3403,7 @@ def test_on_a_gpu_the_onnx_file_is_that_of_the_cpu(onnx, on_gpu):
 def interrupted(*command):
     """Stops before the eighth step; a checkpoint of seven is there."""
     with pytest.MonkeyPatch.context() as patch:
-        strike("train_step", 7, partial(fail, KeyboardInterrupt()), patch.setattr)
+        strike("train_step", 7, partial(fail, train.UserError("cut")), patch.setattr)
         assert train.main([*command]) == 2
 
 
@@ -3452,7 +3452,7 @@ def test_on_a_gpu_two_processes_train_one_network(fork, pictures, fp32, on_gpu, 
     command = [*shared_run(pictures, fp32, tmp_path / "out"), "--device", DEVICE]
     codes, errors = two_ranks(fork, command, tmp_path / "errors", GPUS, GPUS, be=be_gpu_rank)
     assert codes == [0, 0], errors
-    (tracker, model, bn), (tracker_1, model_1, _) = [
+    (tracker, model, bn, *_), (tracker_1, model_1, *_) = [
         torch.load(tmp_path / f"out/rank{rank}", weights_only=True, map_location="cpu")
         for rank in (0, 1)]
     for name in bn:  # each its own until they are averaged
