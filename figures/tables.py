@@ -297,7 +297,7 @@ TABLES = {
 
 def blocks(groups: dict) -> dict[str, str]:
     """All tables by name, each with its markers."""
-    return {name: f"<!-- figures.tables: {name} -->\n\n{table(groups)}\n\n<!-- /figures.tables -->"
+    return {name: f"<!-- figures.tables: {name} -->\n{table(groups)}\n\n<!-- /figures.tables -->"
             for name, table in TABLES.items()}
 
 
