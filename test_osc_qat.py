@@ -2761,7 +2761,7 @@ def test_a_dead_process_ends_the_job_and_resuming_ends_as_if_it_had_lived(
     (tmp_path / "driver.py").write_text(
         f"import os, {__name__} as tests\nif os.environ['RANK'] == '1':\n"
         "    tests.strike('train_step', 4, tests.die_once_saved)\n"
-        "tests.train.run_script()")
+        "tests.train.run_script(tests.train.main)")
     command = shared_run(pictures, fp32, tmp_path / "out")
     launch = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     done = subprocess.run(

@@ -366,13 +366,13 @@ class Run:
         """Batches start to stop of an epoch of training; each process has its part of them."""
         self.train_set.key = epoch
         mine = [batch[rank()::world_size()] for batch in self.shuffled(epoch)[start:stop]]
-        return self.load(self.train_set, mine)
+        yield from self.load(self.train_set, mine)
 
     def other_batches(self, purpose: str, number: int) -> Iterator:
         """So many training batches of all processes' size, the same on every process."""
         passes = (self.shuffled(f"{purpose} {k}") for k in count())
         self.train_set.key = f"{purpose} 0"
-        return self.load(self.train_set, list(islice(chain.from_iterable(passes), number)))
+        yield from self.load(self.train_set, list(islice(chain.from_iterable(passes), number)))
 
     def load(self, data: "Pictures", batches: list[Tensor]) -> Iterator:
         """These batches of the data set, (N, 3, H, W) and labels (N,)."""
