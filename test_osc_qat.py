@@ -2560,7 +2560,7 @@ def test_without_data_three_methods_end_in_one_table(few_patterns, tmp_path, cap
                                 "--output", tmp_path / method)) == 0
         out = capsys.readouterr().out
         assert ("from random weights, step 0 of 2" in out) == (method == "lsq")
-        assert "10 classes; data: the generated patterns" in out
+        assert "10 classes; data: the embedded set of generated patterns" in out
         assert ("step 0 of 2, --lr 0.1 --batch-size 64" in out) == (method == "lsq")  # in float
         summary, rows = read(tmp_path / method)
         assert rows[-1]["step"] == 2 and len(rows) == 1
