@@ -857,8 +857,8 @@ def export_onnx(model: nn.Module, image_shape: tuple, metadata: dict[str, str]) 
         if x.dim() > 2:
             rows = linear(layer, x.flatten(0, -2))
             return rows.view(-1, *map(int, x.shape[1:-1]), layer.out_features)
-        # A Gemm with bias 0 is left alone by onnxruntime's optimiser. It computes a MatMul (no bias,
-        # or more dimensions) with inputs of 8 bits, and rounds a bias to the product of both scales.
+        # onnxruntime's optimiser leaves a Gemm with bias 0 alone. It would compute a MatMul (no
+        # bias, more dimensions) in 8 bits, and round a bias to the product of both scales.
         y = F.linear(layer.input_hat(x), layer.weight_hat(), torch.zeros(layer.out_features))
         return y if layer.bias is None else y + layer.bias
 

@@ -4168,7 +4168,7 @@ def test_tables_are_written_between_their_markers_and_nowhere_else(tmp_path, mon
     for document in tables.DOCUMENTS:
         (tmp_path / document).write_text(
             f"A\n{block.format('results', ' old ')}\nB\n{block.format('nothing', ' kept ')}\nC")
-    new = block.format("results", f"\n\n{tables.results(groups)}\n\n")
+    new = block.format("results", f"\n{tables.results(groups)}\n\n")
     for _ in range(2):
         tables.main(["--write"])
         for document in tables.DOCUMENTS:

@@ -24,6 +24,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -218,7 +219,8 @@ def train(args: argparse.Namespace, wait: bool = False) -> None:
         print(f"{args.method} {args.model} from {args.weights or 'random weights'}, step "
               f"{run.step} of {run.total}, --lr {args.lr:g} --batch-size {args.batch_size}; "
               f"{len(run.train_set)} training and {len(run.val_set)} validation pictures, "
-              f"{len(run.facts['classes'])} classes; data: {args.data or 'the generated patterns'}")
+              f"{len(run.facts['classes'])} classes; data: "
+              f"{args.data or 'the embedded set of generated patterns'}")
         cure = METHODS[args.method]["dampens"] or METHODS[args.method]["freezes"]
         if cure and not run.tracker.layers:
             print(f"no weights of 4 bits or fewer: --method {args.method} does what lsq does")
@@ -364,13 +366,13 @@ class Run:
         """Batches start to stop of an epoch of training; each process has its part of them."""
         self.train_set.key = epoch
         mine = [batch[rank()::world_size()] for batch in self.shuffled(epoch)[start:stop]]
-        return self.load(self.train_set, mine)
+        yield from self.load(self.train_set, mine)
 
     def other_batches(self, purpose: str, number: int) -> Iterator:
         """So many training batches of all processes' size, the same on every process."""
         passes = (self.shuffled(f"{purpose} {k}") for k in count())
         self.train_set.key = f"{purpose} 0"
-        return self.load(self.train_set, list(islice(chain.from_iterable(passes), number)))
+        yield from self.load(self.train_set, list(islice(chain.from_iterable(passes), number)))
 
     def load(self, data: "Pictures", batches: list[Tensor]):
         """These batches of the data set, (N, 3, H, W) and labels (N,)."""
@@ -490,10 +492,7 @@ class Pictures(Dataset):
 
 
 def common_classes(sets: list[Pictures], checkpoint: dict | None) -> list[str]:
-    """The classes of all sets, and of a checkpoint; UserError where they differ.
-
-    A checkpoint that was scored needs no pictures.
-    """
+    """The classes of all sets, and of a checkpoint, which needs no pictures if it was scored."""
     classes = checkpoint["facts"]["classes"] if checkpoint else sets[0].classes
     for each in sets:
         odd = sorted({*classes} ^ {*each.classes})
@@ -792,9 +791,8 @@ def write_summary(run: Run) -> None:
 def stored_run(path: str, flag: str, args: argparse.Namespace) -> Run:
     """The run of a checkpoint, on the data and device of this command line."""
     checkpoint = read_file(path, flag)
-    flags = checkpoint["arguments"] | {"device": args.device, "workers": args.workers,
-                                       "compile": False, "output": path,
-                                       "data": args.data or checkpoint["arguments"]["data"]}
+    flags = checkpoint["arguments"] | dict(device=args.device, workers=args.workers, output=path)
+    flags |= dict(compile=False, data=args.data or flags["data"])
     return Run(argparse.Namespace(**flags), checkpoint)
 
 
@@ -971,18 +969,25 @@ def exit_status(program: str, parse, work, argv: list[str] | None) -> int:
     return 2
 
 
+def interrupt_again(error) -> None:
+    """For what Python cannot raise: a Ctrl-C that met a DataLoader at its end would be lost."""
+    if error.exc_type is KeyboardInterrupt:
+        threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()  # seconds
+
+
 def run_script(main) -> None:
     """main() as a process of its own, which Ctrl-C ends with one line and status 2."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the shell has closed it
     sys.stderr = sys.stderr or open(os.devnull, "w")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is none
         sys.stdout.reconfigure(errors="replace")  # a terminal may know no "±"
-    sys.unraisablehook = lambda error: None  # of a DataLoader that could not start
+    sys.unraisablehook = interrupt_again
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from a run's last checkpoint", file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it leaves
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's raises where a process dies
+        print("interrupted; --resume goes on from a run's last checkpoint", file=sys.stderr)
         for process in multiprocessing.active_children():  # it can hang: DataLoader would wait
             process.kill()
             process.join(1)

@@ -116,8 +116,8 @@ MEASURES = {"gap": (gap, 1), "top-1 after": (lambda run: run["post_bn_top1"], 2)
 F_TH = "w3-fth0.004 w3-fth0.008 w3-fth0.016 w3-fth0.03"
 LAMBDA = "w3-lambda0.1 w3-lambda0.3 w3-lambda1"
 # Claim, measure, and the sign of the difference as stated: its settings. A setting is its name and
-# text, a group, its rivals (of several, the best by its mean counts; none is 0), and the last seed on
-# patterns and on photographs (0 = not planned; there, groups are named "cifar-" and so).
+# text, a group, its rivals (of several, the best by its mean counts; none is 0), and the last seed
+# on patterns and on photographs (0 = not planned; there, groups are named "cifar-" and so).
 CLAIMS = {
     ("BN goes stale under oscillation", "gap", +1): [
         ("W3: LSQ - control", "w3-lsq", "control", 9, 6),
@@ -297,7 +297,7 @@ TABLES = {
 
 def blocks(groups: dict) -> dict[str, str]:
     """All tables by name, each with its markers."""
-    return {name: f"<!-- figures.tables: {name} -->\n\n{table(groups)}\n\n<!-- /figures.tables -->"
+    return {name: f"<!-- figures.tables: {name} -->\n{table(groups)}\n\n<!-- /figures.tables -->"
             for name, table in TABLES.items()}
 
 
