@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import os
+import pathlib
 import pickle
 import random
 import re
@@ -3775,6 +3776,8 @@ def refuse_listing(folder, monkeypatch):
         return listed(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
+    if keeps_its_own := getattr(pathlib, "_NormalAccessor", None):  # Python 3.10
+        monkeypatch.setattr(keeps_its_own, "scandir", staticmethod(scandir))
 
 
 def test_what_a_folder_of_pictures_holds_and_what_is_left_out_is_told(ab, capsys, monkeypatch):
