@@ -30,9 +30,7 @@ come early, since the rest works on them, and Table 3 last. Section 2.2 is toy_o
 """
 
 import copy
-import io
 import math
-import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -815,82 +813,3 @@ def optimize_oscillating_weights(model: nn.Module, tracker: OscillationTracker, 
     for name, mask in masks.items():
         model.get_submodule(name).move_to_centers(mask, lower[name] + (v[name] > 0))
     return sum(mask.sum().item() for mask in masks.values())
-
-
-# --- Beyond the paper: a network for other runtimes -----------------------------------------------
-
-class OnnxNode(torch.autograd.Function):
-    """An operator of ONNX, by its name there; it only holds a place while torch traces."""
-
-    @staticmethod
-    def forward(ctx, op, attributes, x, *others):
-        return x.float()
-
-    @staticmethod
-    def symbolic(g, op, attributes, *inputs):
-        return g.op(op, *inputs, **attributes)
-
-
-def export_onnx(model: nn.Module, image_shape: tuple, metadata: dict[str, str]) -> bytes:
-    """A network from quantize_model as an ONNX file, opset 21, in quantize/dequantize form.
-
-    For images (N, *image_shape), N free; BN as it stands; integers as initializers LAYER.w_int,
-    INT4 up to 4 bits, else INT8. Raises ImportError without onnx 1.16 or newer.
-    """
-    import onnx
-
-    if not hasattr(onnx.TensorProto, "INT4"):
-        raise ImportError(f"onnx {onnx.__version__} has no INT4; 1.16 has")
-    node, net, file = OnnxNode.apply, copy.deepcopy(model).cpu().float().eval(), io.BytesIO()
-
-    def grid(q):  # scale and zero point; onnxruntime's optimiser trips where 8 bits have none
-        return (q.scale, q.zero) if q.bits > 4 else (q.scale,)
-
-    def input_hat(q, x):
-        kind = {"output_dtype_i": onnx.TensorProto.INT4 if q.signed else onnx.TensorProto.UINT4}
-        if q.bits not in (4, 8):  # the type is wider than the grid; s n and s p round to n and p
-            x = node("Clip", {}, x, q.scale * q.int_min, q.scale * q.int_max)
-        x_int = node("QuantizeLinear", kind if q.bits <= 4 else {}, x, *grid(q))
-        return node("DequantizeLinear", {}, x_int, *grid(q))
-
-    def linear(layer, x):
-        if x.dim() > 2:
-            rows = linear(layer, x.flatten(0, -2))
-            return rows.view(-1, *map(int, x.shape[1:-1]), layer.out_features)
-        # onnxruntime's optimiser leaves a Gemm with bias 0 alone. It would compute a MatMul (no
-        # bias, more dimensions) in 8 bits, and round a bias to the product of both scales.
-        y = F.linear(layer.input_hat(x), layer.weight_hat(), torch.zeros(layer.out_features))
-        return y if layer.bias is None else y + layer.bias
-
-    for name, layer in quant_layers(net).items():
-        layer.w_int = nn.Buffer(model.get_submodule(name).weight_int().char().cpu())
-        q, q_in = layer.weight_quantizer, layer.input_quantizer
-        for each in (q, q_in) if q_in else (q,):
-            each.scale.data = each.usable_scale(1).data.squeeze()  # a single scale as a scalar
-            kind = torch.int8 if each.signed else torch.uint8
-            each.zero = nn.Buffer(torch.zeros_like(each.scale, dtype=kind))
-        layer.weight_hat = partial(node, "DequantizeLinear", {"axis_i": 0}, layer.w_int, *grid(q))
-        layer.input_hat = partial(input_hat, q_in) if q_in else layer.input_hat
-        if isinstance(layer, QuantLinear):
-            layer.forward = partial(linear, layer)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # deprecated; torch's new exporter takes 30 times as long
-        torch.onnx.export(net, torch.zeros(2, *image_shape), file, dynamo=False, opset_version=20,
-                          input_names=["images"], output_names=["logits"],
-                          dynamic_axes=dict.fromkeys(["images", "logits"], {0: "N"}))
-    proto = onnx.load_from_string(file.getvalue())
-    proto.ir_version, proto.opset_import[0].version = 10, 21  # to 20 it adds types, such as INT4
-    nodes, tensors = proto.graph.node, proto.graph.initializer
-    known = {tensor.name: tensor for tensor in tensors}
-    for same in [each for each in nodes if each.op_type == "Identity" and each.input[0] in known]:
-        tensors.add().CopyFrom(known[same.input[0]])  # of equal tensors torch has kept one
-        known[same.output[0]] = tensors[-1]
-        tensors[-1].name = same.output[0]
-        nodes.remove(same)
-    for name, layer in quant_layers(net, 4).items():  # two integers a byte, the lower half first
-        pairs = F.pad(layer.w_int.flatten(), (0, layer.w_int.numel() % 2)).view(-1, 2)
-        packed = (pairs[:, 0] & 15 | pairs[:, 1] << 4).numpy().tobytes()
-        tensor = known[f"{name}.w_int"]
-        tensor.data_type, tensor.raw_data = onnx.TensorProto.INT4, packed
-    onnx.helper.set_model_props(proto, {"image_shape": str(image_shape), **metadata})
-    return proto.SerializeToString()

@@ -45,10 +45,10 @@ from torchvision import transforms
 import osc_qat
 import toy_oscillation
 import train
-from figures import analyze, benchmark, tables
 from osc_qat import (ESTIMATORS, OscillationTracker, QuantConv2d, Quantizer, QuantLinear,
                      bn_kl_divergence, calibrate, cosine_anneal, dampening_loss, fake_quantize,
                      quant_layers, quantize_model, reestimate_bn)
+from tools import analyze, benchmark, controls, summarize, tables
 
 GRIDS = pytest.mark.parametrize("bits, signed", [(b, sign) for b in range(2, 9) for sign in (1, 0)])
 PER_CHANNEL = pytest.mark.parametrize("per_channel", [False, True])
@@ -1772,7 +1772,7 @@ efficientnet_lite0 freeze 3 0.01   5e-5   50 0.1 0.005""".split("\n")[1:]
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("model", train.MODELS)
+@pytest.mark.parametrize("model", train.NETWORKS)
 def test_every_default_is_that_of_its_recipe(model, bits):
     """The released code's rows; for generated patterns and short networks those found here."""
     def defaults(data, method):
@@ -2162,12 +2162,12 @@ def test_table_3_measures_the_loss_on_batches_that_bn_has_not_seen(tiny_run, mon
 # --- train.py: networks and their weights ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", train.MODELS)
+@pytest.mark.parametrize("name", train.NETWORKS)
 def test_every_network_has_a_head_for_the_classes_asked_for(name):
     assert train.build_model(name, 7).eval()(torch.randn(1, 3, 32, 32)).shape == (1, 7)
 
 
-@pytest.mark.parametrize("name", train.MODELS)
+@pytest.mark.parametrize("name", train.NETWORKS)
 def test_dropout_is_all_that_is_random_in_a_network(name):
     """Stochastic depth is off. Dropout is off once a network is quantized."""
     model, x = train.build_model(name, 7).train(), torch.randn(4, 3, 32, 32)
@@ -2493,7 +2493,7 @@ def test_a_run_learns_and_writes_log_checkpoints_and_summary(
     assert train.main(command) == 0
     scores = json.loads(capsys.readouterr().out)
     assert scores == {key: summary[key] for key in scores} and len(scores) == 4
-    assert train.main(["--summarize", str(tmp_path), str(fp32)]) == 0
+    assert summarize.main([str(tmp_path), str(fp32)]) == 0
     assert re.search(rf"\| {method} +\| 3/3 ", capsys.readouterr().out)
 
 
@@ -2523,7 +2523,7 @@ def test_a_summary_averages_over_seeds_and_nothing_else(tmp_path, capsys):
             "arguments": told, "seed": seed, "model": "m", "method": "lsq", "weight_bits": 3,
             "data": data,
             "act_bits": 3, "post_bn_top1": 10 * number, **scores}))
-    assert train.main(["--summarize", *map(str, sorted(tmp_path.iterdir()))]) == 0
+    assert summarize.main([*map(str, sorted(tmp_path.iterdir()))]) == 0
     rows = table(capsys.readouterr().out)
     assert [(row["runs"], row["post-BN"], row["gap %"]) for row in rows] == [
         ("2", "5.00 ± 7.07", "5.00 ± 7.07"), ("1", "20.00", "20.00"), ("1", "30.00", "30.00"),
@@ -3979,7 +3979,7 @@ def test_a_width_is_refused_by_a_network_that_has_none(capsys):
     assert "--width: resnet18 has no" in refusal("--model resnet18 --width 0.5".split(), capsys)
 
 
-# --- figures/tables.py: the numbers of the READMEs ------------------------------------------------
+# --- tools/tables.py: the numbers of the READMEs ------------------------------------------------
 
 def test_t_quantiles_leave_a_fortieth_of_the_density_above():
     for freedom, quantile in enumerate(tables.T_975, 1):
@@ -4128,7 +4128,7 @@ def test_finished_runs_become_a_table_and_anything_else_is_one_line(tmp_path, mo
     with pytest.raises(SystemExit) as exit:
         tables.main([])
     assert exit.value.code == 2 and re.fullmatch(
-        r"figures\.tables: \S+runs\.csv: cannot be read.*--collect.*\n", capsys.readouterr().err)
+        r"tools\.tables: \S+runs\.csv: cannot be read.*--collect.*\n", capsys.readouterr().err)
     runs = [tmp_path / "a" / name for name in ("w3-random-seed2", "control-seed1", "w3-lsq-seed1")]
     low = ["--bits=3", "--act-bits=32"]
     made_up_run(runs[0], "--method=freeze", "--seed=2", "--threshold", ".008", ".008", *low)
@@ -4158,7 +4158,7 @@ def test_finished_runs_become_a_table_and_anything_else_is_one_line(tmp_path, mo
             tables.main(["--collect", str(runs[2]), str(tmp_path / folder)])
         told = capsys.readouterr().err
         assert exit.value.code == 2 and told.count("\n") == 1 and said in told
-        assert told.startswith(f"figures.tables: --collect {tmp_path / folder}: ")
+        assert told.startswith(f"tools.tables: --collect {tmp_path / folder}: ")
         assert (tmp_path / "figures/runs.csv").read_bytes() == written
 
 
@@ -4166,7 +4166,7 @@ def test_tables_are_written_between_their_markers_and_nowhere_else(tmp_path, mon
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     (tmp_path / "figures").mkdir()
     groups = groups_of(tmp_path / "figures/runs.csv", runs_of("w3-lsq", range(9)))
-    block = "<!-- figures.tables: {} -->{}<!-- /figures.tables -->"
+    block = "<!-- tools.tables: {} -->{}<!-- /tools.tables -->"
     for document in tables.DOCUMENTS:
         (tmp_path / document).write_text(
             f"A\n{block.format('results', ' old ')}\nB\n{block.format('nothing', ' kept ')}\nC")
@@ -4182,7 +4182,7 @@ def test_every_table_of_the_readmes_is_what_the_command_prints_and_none_is_missi
     made = tables.blocks(tables.read_csv(ROOT / "figures/runs.csv"))
     found = [tables.marked((ROOT / document).read_text()) for document in tables.DOCUMENTS]
     for name, block in itertools.chain(*(each.items() for each in found)):
-        assert block == made.get(name), f"{name}: run python -m figures.tables --write"
+        assert block == made.get(name), f"{name}: run python -m tools.tables --write"
     assert set().union(*found) == set(made)
 
 
@@ -4210,7 +4210,7 @@ def test_every_readme_command_parses(file, tmp_path, monkeypatch):
         r"(?:torchrun \S+ |python )(train\.py|toy_oscillation\.py|-m figures\.analyze|"
         r"-m figures\.benchmark) *([^`\n]*)", text)
     scripts = {"train.py": train, "toy_oscillation.py": toy_oscillation,
-               "-m figures.analyze": analyze, "-m figures.benchmark": benchmark}
+               "-m tools.analyze": analyze, "-m tools.benchmark": benchmark}
     assert len(commands) > 5
     monkeypatch.chdir(tmp_path)
     (tmp_path / "figures").mkdir()

@@ -4,7 +4,7 @@
     python train.py --method fp32 --data DIR         float training on your own pictures ...
     python train.py --method freeze --bits 3 --data DIR --weights runs/NAME/last.pt    ... then QAT
     torchrun --nproc_per_node=8 train.py --method dampen --bits 4 --data IMAGENET      several GPUs
-    python train.py --evaluate runs/NAME/last.pt --export net.onnx      score a run, and deploy it
+    python train.py --evaluate runs/NAME/last.pt     score a run
 
 DIR has the ImageNet layout: train/CLASS/*.jpg and val/CLASS/*.jpg. A run writes log.csv, last.pt,
 best.pt and summary.json into --output. The method itself is in osc_qat.py; here it is four calls:
@@ -29,7 +29,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import chain, count, islice
 from pathlib import Path
@@ -42,16 +42,14 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
-from torchvision.models.mobilenetv2 import InvertedResidual
 from tqdm import tqdm
 
-from figures.summaries import compare, summarize
 from osc_qat import (ESTIMATORS, OscillationTracker, Quantizer, batch_norms, calibrate,
-                     cosine_anneal, dampening_loss, export_onnx, quantize_model, reestimate_bn)
+                     cosine_anneal, dampening_loss, quantize_model, reestimate_bn)
 
 # --- Methods, and recipes: what a flag is where the command line does not say ---------------------
 
-# What each method does. A new one is one more row.
+# What each method does. A new one is one more row; it may name a tracker of its own.
 METHODS = {"fp32": dict(quantizes=False, dampens=False, freezes=False),
            "lsq": dict(quantizes=True, dampens=False, freezes=False),
            "dampen": dict(quantizes=True, dampens=True, freezes=False),
@@ -83,18 +81,23 @@ SHORT_FP32 = SHORT | dict(epochs=4, lr=0.1, lr_floor=0.0, weight_decay=4e-5, bn_
 def recipe(args: argparse.Namespace) -> dict:
     """The defaults for a method, bits, network and data.
 
-    Deviation: plain LSQ takes the freezing row; MobileNetV3 and ResNet18, for which nothing is
-    published, take MobileNetV2's; other bits take the nearer of the two rows.
+    Deviation: plain LSQ takes the freezing row; a method with both cures takes f_th from the
+    freezing row and the rest from the dampening row; MobileNetV3 and ResNet18, for which nothing is
+    published, take MobileNetV2's rows; other bits take the nearer of the two rows.
     """
     method = METHODS[args.method]
-    if args.model in SHORT_MODELS or args.data is None:
+    if is_short(args.model) or args.data is None:
         return SHORT if method["quantizes"] else SHORT_FP32
     if not method["quantizes"]:
         return IMAGENET | dict(lr=0.1, weight_decay=4e-5)
     lite = args.model == "efficientnet_lite0"
-    row = PUBLISHED["efficientnet_lite0" if lite else "mobilenet_v2",
-                    "dampen" if method["dampens"] else "freeze", 3 if args.bits <= 3 else 4]
-    return IMAGENET | row | dict(epochs=50 if lite else 90)
+    network = "efficientnet_lite0" if lite else "mobilenet_v2"
+    values = IMAGENET | dict(epochs=50 if lite else 90)
+    if method["freezes"] or not method["dampens"]:
+        values |= PUBLISHED[network, "freeze", 3 if args.bits <= 3 else 4]
+    if method["dampens"]:
+        values |= PUBLISHED[network, "dampen", 3 if args.bits <= 3 else 4]
+    return values
 
 
 # --- The loop -------------------------------------------------------------------------------------
@@ -292,7 +295,7 @@ class Run:
         self.args, self.begun = args, time.time()
         with user_error(f"--device {args.device}: cannot be used", Exception):  # whatever it raises
             self.device = torch.zeros(1, device=args.device).device
-        if args.model in SHORT_MODELS and args.device == "cpu" and not os.getenv("OMP_NUM_THREADS"):
+        if is_short(args.model) and args.device == "cpu" and not os.getenv("OMP_NUM_THREADS"):
             torch.set_num_threads(1)  # a second one hardly helps, and would change the digits
         self.train_set, self.val_set = Pictures(args, "train"), Pictures(args, "val")
         classes = common_classes([self.train_set, self.val_set], checkpoint)
@@ -345,7 +348,8 @@ class Run:
         sgd = torch.optim.SGD(weights, args.lr, 0.9, weight_decay=args.weight_decay, fused=True)
         adam = [torch.optim.Adam(scales, args.scale_lr, fused=True)] if scales else []
         self.optimizers = [sgd, *adam]
-        self.tracker = OscillationTracker(model, args.osc_momentum)
+        tracker = METHODS[args.method].get("tracker", OscillationTracker)
+        self.tracker = tracker(model, args.osc_momentum)
         self.wrapped_model = model
         if dist.is_initialized():
             # BN statistics are averaged where they are used; the trackers agree by themselves.
@@ -541,9 +545,6 @@ def picture_transform(part: str, args: argparse.Namespace, inputs: dict):
 
 # --- Networks and their weights -------------------------------------------------------------------
 
-SHORT_MODELS = ("mobilenet_v2_short", "mobilenet_v2_short_dense")
-MODELS = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_lite0",
-          "resnet18", *SHORT_MODELS)
 # What weights expect of their pictures: mean and std in 0..1 units; the shorter side, before a
 # centre crop of size 1. And of their network: BN's eps, TensorFlow's padding. "of" is for the user.
 RELEASED = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear",
@@ -571,7 +572,16 @@ class SamePad(nn.Module):
         return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
 
-def efficientnet_lite0(num_classes: int, same_padding: bool) -> nn.Module:
+def use_same_padding(model: nn.Module) -> None:
+    """Gives every convolution of stride 2 TensorFlow's padding, which its weights expect."""
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.Conv2d) and layer.stride == (2, 2):
+                layer.padding = (0, 0)
+                setattr(parent, name, nn.Sequential(SamePad(layer.kernel_size[0]), layer))
+
+
+def efficientnet_lite0(num_classes: int) -> nn.Module:
     """torchvision's EfficientNet-B0 without squeeze-excite, with ReLU6.
 
     Paper silent on stochastic depth: off, as dropout is the one regulariser of all networks here.
@@ -583,34 +593,33 @@ def efficientnet_lite0(num_classes: int, same_padding: bool) -> nn.Module:
                 setattr(parent, name, nn.Identity())
             elif isinstance(layer, nn.SiLU):
                 setattr(parent, name, nn.ReLU6(inplace=True))
-            elif same_padding and isinstance(layer, nn.Conv2d) and layer.stride == (2, 2):
-                layer.padding = (0, 0)
-                setattr(parent, name, nn.Sequential(SamePad(layer.kernel_size[0]), layer))
     return model
 
 
-def dense_residual(*args, **options) -> nn.Module:
-    """MobileNetV2's block with a dense 3x3 convolution in the place of the depthwise one."""
-    block = InvertedResidual(*args, **options)
-    width, stride = block.conv[-3][0].in_channels, block.conv[-3][0].stride
-    block.conv[-3][0] = nn.Conv2d(width, width, 3, stride, 1, bias=False)
-    return block
-
-
-def mobilenet_v2_short(num_classes: int, width_mult: float, dense: bool = False) -> nn.Module:
-    """MobileNetV2 in 23 layers of half the width, about 50,000 parameters.
-
-    dense is the control: its 3x3 convolutions are dense, in blocks that widen 1.2 times, not 6
-    times: as many layers, about as many parameters.
-    """
-    widen = 1.2 if dense else 6
-    rows = [[1, 16, 1, 1], [widen, 24, 2, 2], [widen, 32, 2, 2], [widen, 64, 2, 2]]
-    model = torchvision.models.MobileNetV2(num_classes, width_mult / 2, rows, dropout=0.0,
-                                           block=dense_residual if dense else InvertedResidual)
+def mobilenet_v2_short(num_classes: int, width_mult: float = 1.0, expansion: float = 6,
+                       block: type[nn.Module] | None = None) -> nn.Module:
+    """MobileNetV2 in 23 layers of half the width, about 50,000 parameters."""
+    rows = [[1, 16, 1, 1], *([expansion, width, 2, 2] for width in (24, 32, 64))]
+    model = torchvision.models.MobileNetV2(num_classes, width_mult / 2, rows, block=block,
+                                           dropout=0.0)
     c = model.features[-1][0].in_channels
     model.features[-1] = torchvision.ops.Conv2dNormActivation(c, 256, 1, activation_layer=nn.ReLU6)
     model.classifier[-1] = nn.Linear(256, num_classes)
     return model
+
+
+# A name for --model, and what builds its float network from num_classes. A new one is one more row.
+NETWORKS = {"mobilenet_v2": torchvision.models.mobilenet_v2,
+            "mobilenet_v3_small": torchvision.models.mobilenet_v3_small,
+            "mobilenet_v3_large": torchvision.models.mobilenet_v3_large,
+            "efficientnet_lite0": efficientnet_lite0,
+            "resnet18": torchvision.models.resnet18,
+            "mobilenet_v2_short": mobilenet_v2_short}
+
+
+def is_short(name: str) -> bool:
+    """Whether a network has the recipe of 10^3 steps and trains on one thread."""
+    return name.startswith("mobilenet_v2_short")
 
 
 def build_model(name: str, num_classes: int = 1000, weights: str | None = None, width: float = 1.0,
@@ -622,13 +631,11 @@ def build_model(name: str, num_classes: int = 1000, weights: str | None = None, 
     """
     if weights:
         state, inputs, weights_classes = read_weights(weights, name)
-    if name == "efficientnet_lite0":
-        model = efficientnet_lite0(num_classes, "same_padding" in inputs)
-    elif name in SHORT_MODELS:
-        model = mobilenet_v2_short(num_classes, width, dense=name.endswith("dense"))
-    else:
-        options = {"width_mult": width} if name == "mobilenet_v2" else {}
-        model = torchvision.models.get_model(name, num_classes=num_classes, **options)
+    options = {} if width == 1 else {"width_mult": width}
+    with user_error(f"--width: {name} has no width multiplier; leave it out", TypeError):
+        model = NETWORKS[name](num_classes=num_classes, **options)
+    if "same_padding" in inputs:
+        use_same_padding(model)
     for bn in batch_norms(model).values():
         bn.eps = inputs.get("eps", bn.eps)
     model.inputs = inputs
@@ -697,7 +704,8 @@ def read_weights(path: str, name: str) -> tuple[dict, dict, list[str] | None]:
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 # Arguments of where and how to run, not of what is trained: they may differ on --resume.
-MAY_DIFFER = {"data", "output", "resume", "workers", "device", "checkpoint_every"}
+WHERE_AND_HOW = {"output", "resume", "workers", "device", "checkpoint_every"}
+MAY_DIFFER = WHERE_AND_HOW | {"data"}
 CHECKPOINT_KEYS = {"arguments", "inputs", "facts", "model", "optimizers"}  # and more
 
 
@@ -786,7 +794,58 @@ def write_summary(run: Run) -> None:
         save_atomically(Path(args.output, "summary.json"), json.dumps(summary, indent=1).encode())
 
 
-# --- What else the script does: scores, ONNX ------------------------------------------------------
+# --- After training: the table of runs, and the scores of a checkpoint ----------------------------
+
+# The columns of a table of runs: a key of summary.json, and its title.
+TABLE_COLUMNS = {"fp32_top1": "FP32", "pre_bn_top1": "pre-BN", "post_bn_top1": "post-BN",
+                 "pre_bn_loss": "pre-BN loss", "post_bn_loss": "post-BN loss", "gap": "gap %",
+                 "oscillating": "osc. %", "frozen": "frozen %", "seconds": "seconds"}
+
+
+def print_table(rows: list[dict]) -> None:
+    """Prints rows under their keys, in Markdown: a README can show what the terminal shows."""
+    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row]
+             for row in (rows[0], *(row.values() for row in rows))]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for row in (cells[0], ["-" * width for width in widths], *cells[1:]):
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
+
+
+def read_summary(folder: str | Path) -> dict:
+    """The summary.json of a finished run, with its gap; OSError, in one line, if there is none."""
+    file = Path(folder, "summary.json")
+    try:
+        if not file.is_file():  # a pipe would block for ever
+            raise OSError("no such file")
+        summary = json.loads(file.read_text())
+        pre, post = summary["pre_bn_loss"], summary["post_bn_loss"]
+        summary["gap"] = 100 * (pre / post - 1) if post else math.nan
+        return summary | {key: float(summary[key]) for key in TABLE_COLUMNS} | {
+            "W/A": f"{summary['weight_bits']}/{summary['act_bits']}",
+            "alike": [summary[key] for key in ("model", "data", "weight_bits", "act_bits", "seed")],
+            "arguments": dict(summary["arguments"]), "method": summary["method"]}
+    except Exception as error:  # a damaged file, or a file of another shape, can raise any
+        raise OSError(f"{folder}: holds no summary.json of a finished run ({error})") from None
+
+
+def compare(output: str) -> None:
+    """Prints a row for this run, and one for each run beside it that differs in method only."""
+    this, rows = read_summary(output), []
+    beside = Path(os.path.realpath(output)).parent.glob("*")  # empty if nobody may list the folder
+    for folder in sorted({os.path.realpath(path) for path in (output, *beside)}):
+        with suppress(OSError):  # a folder that holds no run of ours
+            summary = read_summary(folder)
+            if summary["alike"] == this["alike"]:
+                rows.append({"run": Path(folder).name, "method": summary["method"],
+                             "W/A": summary["W/A"], **{title: f"{summary[key]:.{digits(key)}f}"
+                             for key, title in TABLE_COLUMNS.items()}})
+    print_table(rows)
+
+
+def digits(key: str) -> int:
+    """How many decimals a table shows of a column."""
+    return 3 if "loss" in key else 2
+
 
 def stored_run(path: str, flag: str, args: argparse.Namespace) -> Run:
     """The run of a checkpoint, on the data and device of this command line."""
@@ -797,22 +856,9 @@ def stored_run(path: str, flag: str, args: argparse.Namespace) -> Run:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Scores of a checkpoint, with BN's own and with re-estimated statistics; --export."""
-    run = stored_run(args.evaluate, "--evaluate", args)
-    if len(run.val_set) or args.data or not args.export:
-        print(json.dumps(scores(run)))  # on the batches of training's end: the same statistics
-    else:
-        reestimate(run)
-        print(f"{run.args.data} has no val/CLASS/*.jpg: exported, but not scored")
-    if not args.export or rank() > 0:
-        return
-    size, inputs = run.args.image_size, run.model.inputs | ({} if run.args.data else PATTERNS)
-    facts = {**inputs, "classes": run.facts["classes"], "resize": round(size * inputs["resize"]),
-             "image_size": size, "weight_bits": run.args.bits, "act_bits": run.args.act_bits}
-    with user_error("--export: needs a package; pip install onnx", ImportError):
-        whole = export_onnx(run.model, (3, size, size),
-                            {key: json.dumps(value) for key, value in facts.items()})
-    save_atomically(Path(args.export), whole, "--export")
+    """Scores of a checkpoint, with BN's own and with re-estimated statistics."""
+    # On the batches that were used at the end of training: BN gets the same statistics.
+    print(json.dumps(scores(stored_run(args.evaluate, "--evaluate", args))))
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -857,12 +903,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.processes = int(os.environ.get("WORLD_SIZE") or 1) if "RANK" in os.environ else 1
     if not METHODS[args.method]["quantizes"]:
         args.bits = args.act_bits = 32
-    if args.width != 1 and not args.model.startswith("mobilenet_v2"):
-        p.error(f"--width: {args.model} has no width multiplier; leave it out")
     if args.batch_size // args.accumulate < 2:
         p.error("--batch-size, --accumulate: batch norm needs at least 2 images a forward pass")
-    if args.export and not (args.evaluate and args.export.endswith(".onnx")):
-        p.error("--export: goes with --evaluate CHECKPOINT, and writes ONNX; give FILE.onnx")
     parts = [Path(args.data).resolve().name if args.data else "", args.model, args.method,
              f"x{args.width:g}" if args.width != 1 else "",
              f"{args.image_size}px", f"w{args.bits}a{args.act_bits}" * (args.bits < 32),
@@ -875,7 +917,7 @@ def training_flags(add) -> None:
     """Flags that a recipe sets, and others that change what is trained."""
     rate, share = within(1e-9, 100, float), within(0, 1, float)
     add("--method", choices=tuple(METHODS), default="freeze", help="float, plain QAT, or a cure")
-    add("--model", choices=MODELS, help="network")
+    add("--model", choices=tuple(NETWORKS), help="network")
     add("--data", type=a_path, metavar="DIR", help="pictures; None = generated patterns")
     add("--bits", type=within(2, 8), default=4, help="of weights and inputs")
     add("--act-bits", type=int, choices=(*range(2, 9), 32), help="of layer inputs, 32 = float")
@@ -913,8 +955,6 @@ def running_flags(add) -> None:
     add("--resume", action="store_true", help="go on from last.pt in --output, if there is one")
     add("--checkpoint-every", type=within(1, 10**9), default=1000, help="number of steps")
     add("--evaluate", type=a_path, metavar="CHECKPOINT", help="score it by its own flags, and exit")
-    add("--export", type=a_path, metavar="FILE.onnx", help="--evaluate: write the network, too")
-    add("--summarize", type=a_path, metavar="DIR", nargs="+", help="table of runs, and exit")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -930,8 +970,6 @@ def work(args: argparse.Namespace) -> None:
         with user_error("RANK, MASTER_ADDR, MASTER_PORT: no way to meet", ValueError, RuntimeError):
             dist.init_process_group("nccl" if cuda else "gloo")
         sys.stdout = sys.stdout if rank() == 0 else open(os.devnull, "w")  # one tells it all
-    if args.summarize:
-        return summarize(args.summarize)
     if args.evaluate:
         return evaluate(args)
     if METHODS[args.method]["quantizes"] and not args.weights and args.epochs:

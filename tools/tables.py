@@ -1,10 +1,10 @@
 """Every table of README.md and figures/README.md, from figures/runs.csv alone.
 
-    python -m figures.tables                       prints them, as Markdown
-    python -m figures.tables --write               puts them into the two files
-    python -m figures.tables --collect runs/*      first makes runs.csv anew, of finished runs
+    python -m tools.tables                       prints them, as Markdown
+    python -m tools.tables --write               puts them into the two files
+    python -m tools.tables --collect runs/*      first makes runs.csv anew, of finished runs
 
-A table stands between <!-- figures.tables: NAME --> and <!-- /figures.tables -->. A run's name is
+A table stands between <!-- tools.tables: NAME --> and <!-- /tools.tables -->. A run's name is
 its group's and "-seedK"; groups are compared seed by seed.
 """
 
@@ -73,7 +73,7 @@ def read_run(folder: Path) -> dict:
     """The row of a finished run, from its summary.json and last.pt.
 
     Two methods have no flag. "control" is a float run that starts from weights. "random" is known
-    by the folder's name alone: figures/random_freezing.py made it. Older runs keep neither torch's
+    by the folder's name alone: tools/controls.py made it. Older runs keep neither torch's
     version nor the number of threads; theirs are of this process: collect where they were made,
     and with their OMP_NUM_THREADS.
     """
@@ -297,13 +297,13 @@ TABLES = {
 
 def blocks(groups: dict) -> dict[str, str]:
     """All tables by name, each with its markers."""
-    return {name: f"<!-- figures.tables: {name} -->\n{table(groups)}\n\n<!-- /figures.tables -->"
+    return {name: f"<!-- tools.tables: {name} -->\n{table(groups)}\n\n<!-- /tools.tables -->"
             for name, table in TABLES.items()}
 
 
 def marked(text: str) -> dict[str, str]:
     """The blocks of a document by name, with their markers."""
-    found = re.finditer(r"<!-- figures\.tables: (\w+) -->.*?<!-- /figures\.tables -->", text, re.S)
+    found = re.finditer(r"<!-- tools\.tables: (\w+) -->.*?<!-- /tools\.tables -->", text, re.S)
     return {match[1]: match[0] for match in found}
 
 
@@ -317,7 +317,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Exit status: 0, or 2 after one line on standard error."""
-    p = argparse.ArgumentParser(prog="figures.tables", description=__doc__.split("\n\n")[0])
+    p = argparse.ArgumentParser(prog="tools.tables", description=__doc__.split("\n\n")[0])
     p.error = lambda said: p.exit(2, f"{p.prog}: {said}\n")
     p.add_argument("--collect", metavar="DIR", nargs="+", type=Path, default=[],
                    help="make runs.csv of these folders of finished runs")

@@ -1,6 +1,6 @@
 """What a training step of each method costs.
 
-    python -m figures.benchmark --batch-size 16 --steps 8
+    python -m tools.benchmark --batch-size 16 --steps 8
 """
 
 import argparse
@@ -11,7 +11,6 @@ import torch
 from tqdm import tqdm
 
 import train
-from figures.summaries import print_table
 from osc_qat import OscillationTracker
 
 
@@ -37,7 +36,7 @@ def benchmark(args: argparse.Namespace) -> None:
     cuda = run.device.type == "cuda"
     print(f"{torch.cuda.get_device_name() if cuda else 'CPU'}, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}")
-    print_table([{"method": method, "step ms": each, "/ FP32": each / medians["fp32"],
+    train.print_table([{"method": method, "step ms": each, "/ FP32": each / medians["fp32"],
                   "/ LSQ": each / medians["lsq"], "first step s": times[method][0] / 1000}
                  for method, each in medians.items()])
 
@@ -46,7 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments; sizes are ImageNet's, or those of the short networks."""
     p = train.one_line_parser("Time of a training step of each method.")
     add = p.add_argument
-    add("--model", choices=train.MODELS, default="mobilenet_v2", help="network")
+    add("--model", choices=tuple(train.NETWORKS), default="mobilenet_v2", help="network")
     add("--image-size", type=train.within(16, 2048), help="pixels; None = 224, short networks 20")
     add("--batch-size", type=train.within(2, 65536), help="images; None = 128, short networks 64")
     add("--steps", type=train.within(1, 10**9), default=10, help="of each method")
@@ -54,7 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--amp", action="store_true", help="bfloat16 autocast")
     add("--compile", action="store_true", help="torch.compile")
     args = p.parse_args(argv)
-    sizes = train.SHORT if args.model in train.SHORT_MODELS else train.IMAGENET
+    sizes = train.SHORT if train.is_short(args.model) else train.IMAGENET
     args.image_size = args.image_size or sizes["image_size"]
     args.batch_size = args.batch_size or sizes["batch_size"]
     return args
@@ -62,7 +61,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 after one line on standard error."""
-    return train.exit_status("figures.benchmark", parse, benchmark, argv)
+    return train.exit_status("tools.benchmark", parse, benchmark, argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Tables 1 and 3 and Figures 2 to 4 of the paper, from checkpoints of train.py.
 
-    python -m figures.analyze runs/LSQ/last.pt runs/DAMPEN/last.pt runs/FREEZE/last.pt --plot a.png
+    python -m tools.analyze runs/LSQ/last.pt runs/DAMPEN/last.pt runs/FREEZE/last.pt --plot a.png
 
 The tables are of the first checkpoint; Table 3 ends with a row for each of the others.
 """
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import train
-from figures.summaries import mean_std, print_table
 from osc_qat import bn_kl_divergence, optimize_oscillating_weights, sample_oscillating_weights
-from train import Run, UserError
+from tools.summarize import mean_std
+from train import Run, UserError, print_table
 
 BINS = 20  # of Figures 3 and 4, from -0.5 to 0.5: 5 % of the weights each, were they even
 
@@ -230,7 +230,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 after one line on standard error."""
-    return train.exit_status("figures.analyze", parse, analyze, argv)
+    return train.exit_status("tools.analyze", parse, analyze, argv)
 
 
 if __name__ == "__main__":
