@@ -1788,11 +1788,11 @@ def test_every_default_is_that_of_its_recipe(model, bits):
         for method in ("lsq", "dampen", "freeze"):
             cure = "dampen" if method == "dampen" else "freeze"
             expected = (*rows[own, cure, "3" if bits <= 3 else "4"], *imagenet)
-            if not data or model in train.SHORT_MODELS:
+            if not data or train.is_short(model):
                 expected = (0.05, 2.5e-5, 3, *short, 0.1, 1e-4, 0.02, 0.005, 64, 20, 0.95, bits)
             assert defaults(data, method) == expected
         expected = (0.1, 4e-5, 90, 0.1, 0.01, *imagenet[:-1], 32)
-        if not data or model in train.SHORT_MODELS:
+        if not data or train.is_short(model):
             expected = (0.1, 4e-5, 4, *short, 0, 1e-4, 0.1, 0.005, 64, 20, 0.95, 32)
         assert defaults(data, "fp32") == expected
 
@@ -2179,7 +2179,8 @@ def test_dropout_is_all_that_is_random_in_a_network(name):
 
 
 def test_the_control_has_dense_convolutions_as_many_layers_and_as_many_parameters():
-    ours, control = (train.build_model(name, 10) for name in train.SHORT_MODELS)
+    controls.add_controls()
+    ours, control = (train.build_model(name, 10) for name in ("mobilenet_v2_short", *controls.DENSE))
     a, b = ([layer for layer in net.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
             for net in (ours, control))
     assert [getattr(layer, "kernel_size", 0) for layer in a] \
@@ -2191,7 +2192,7 @@ def test_the_control_has_dense_convolutions_as_many_layers_and_as_many_parameter
 
 
 @pytest.mark.parametrize("flags, told, threads", [
-    ("", None, 1), ("", "3", 3), ("--model mobilenet_v2_short_dense", None, 1),
+    ("", None, 1), ("", "3", 3),
     ("--model resnet18 --image-size 32", None, 3)])
 def test_the_short_networks_compute_on_one_thread_unless_told(
         flags, told, threads, few_patterns, monkeypatch):
@@ -2477,7 +2478,7 @@ def test_a_float_network_learns(fp32):
 @pytest.mark.parametrize("method", ["lsq", "dampen", "freeze"])
 def test_a_run_learns_and_writes_log_checkpoints_and_summary(
         method, pictures, fp32, tmp_path, capsys):
-    """And --evaluate and --summarize read them."""
+    """And --evaluate reads them."""
     assert train.main(qat(pictures, fp32, tmp_path, "--method", method)) == 0
     summary, rows = read(tmp_path)
     assert summary.keys() >= {
@@ -2493,8 +2494,6 @@ def test_a_run_learns_and_writes_log_checkpoints_and_summary(
     assert train.main(command) == 0
     scores = json.loads(capsys.readouterr().out)
     assert scores == {key: summary[key] for key in scores} and len(scores) == 4
-    assert summarize.main([str(tmp_path), str(fp32)]) == 0
-    assert re.search(rf"\| {method} +\| 3/3 ", capsys.readouterr().out)
 
 
 def test_a_stored_run_is_scored_where_this_command_says_and_is_not_compiled(monkeypatch):
@@ -2568,8 +2567,8 @@ def test_without_data_three_methods_end_in_one_table(few_patterns, tmp_path, cap
         summary, rows = read(tmp_path / method)
         assert rows[-1]["step"] == 2 and len(rows) == 1
         assert rows[0].keys() & summary.keys() >= {"pre_bn_loss", "post_bn_loss"}
-    assert [(row["method"], row["runs"]) for row in table(out)] == [
-        ("dampen", "1"), ("freeze", "1"), ("lsq", "1")]
+    assert [(row["run"], row["method"]) for row in table(out)] == [
+        ("dampen", "dampen"), ("freeze", "freeze"), ("lsq", "lsq")]
     assert len(list(tmp_path.iterdir())) == 5  # with the link and the float network's
 
 
@@ -2578,8 +2577,7 @@ def test_the_float_network_on_the_patterns_is_trained_for_its_run_and_waited_for
     jobs, folders = [], set()
     monkeypatch.setattr(train, "train", lambda args, wait=False: jobs.append((args, wait)))
     monkeypatch.setattr(train, "compare", lambda output: None)
-    for flags in ("--seed 3", "--image-size 28", "--width 0.5", "--steps 9",
-                  "--model mobilenet_v2_short_dense"):
+    for flags in ("--seed 3", "--image-size 28", "--width 0.5", "--steps 9", "--model resnet18"):
         run, jobs[:] = train.parse(split("--method lsq --output a/b --device meta", flags)), []
         train.work(run)
         (job, waits), (last, waits_too) = jobs
@@ -2604,86 +2602,6 @@ def test_no_epochs_only_score(method, few_patterns, tmp_path, monkeypatch):
     assert summary["loss"] is None and summary["epochs"] == 0 and len(rows) == 1
     names = ["best.pt", "last.pt", "log.csv", "summary.json"]
     assert sorted(os.listdir(tmp_path / "out")) == names and os.listdir(tmp_path) == ["out"]
-
-
-def test_an_exported_network_scores_as_its_checkpoint(pictures, fp32, tmp_path, capsys, onnx):
-    """With nothing but the file: its metadata say how a picture becomes its input."""
-    train.main(qat(pictures, fp32, tmp_path, "--method freeze --epochs 1"))
-    capsys.readouterr()
-    assert train.main(split("--evaluate", tmp_path / "last.pt", "--data", pictures, "--workers 0",
-                            "--export", tmp_path / "net.onnx")) == 0
-    scores = json.loads(capsys.readouterr().out.splitlines()[0])
-    content = (tmp_path / "net.onnx").read_bytes()
-    facts = {each.key: each.value for each in onnx.load_from_string(content).metadata_props}
-    del facts["image_shape"]
-    facts = {key: json.loads(value) for key, value in facts.items()}
-    assert facts["classes"] == ["bright", "dark", "striped"] and facts["weight_bits"] == 3
-    assert facts["interpolation"] == "bilinear"
-    x, labels = [], []
-    for path in sorted((pictures / "val").rglob("*.png")):
-        resized = transforms.functional.resize(Image.open(path), facts["resize"])
-        image = transforms.functional.center_crop(resized, facts["image_size"])
-        x.append(transforms.functional.normalize(transforms.functional.to_tensor(image),
-                                                 facts["mean"], facts["std"]))
-        labels.append(facts["classes"].index(path.parent.name))
-    right = session(content)(torch.stack(x)).argmax(1) == torch.tensor(labels)
-    assert 100 * right.float().mean().item() == pytest.approx(scores["post_bn_top1"])
-
-
-@pytest.mark.parametrize("size", [20, 28])
-@pytest.mark.parametrize("weights", ["random", "imagenet's", "tensorflow's"])
-def test_a_network_of_the_patterns_is_exported_with_what_they_went_through(
-        weights, size, few_patterns, tmp_path, capsys, onnx):
-    """Scored as the README does it, the metadata applied to the patterns: as its checkpoint."""
-    model, flags = "mobilenet_v2_short", []
-    if weights == "tensorflow's":
-        model, names = "efficientnet_lite0", ["_conv_stem.weight"]
-        state = train.build_model(model, 10, inputs=train.TENSORFLOW).state_dict()
-        names += [f"{k}.{name.rpartition('.')[2]}" for k, name in enumerate(list(state)[1:])]
-        torch.save(dict(zip(names, state.values())), tmp_path / "w.pt")
-    elif weights == "imagenet's":
-        torch.save(train.build_model(model, 10).state_dict(), tmp_path / "w.pt")
-    if weights != "random":
-        flags = ["--weights", tmp_path / "w.pt"]
-    assert train.main(split("--method lsq --bits 8 --steps 8 --bn-batches 2 --batch-size 16 --model",
-                            model, "--image-size", size, "--output", tmp_path / "run", *flags)) == 0
-    capsys.readouterr()
-    assert train.main(split("--evaluate", tmp_path / "run/last.pt", "--export",
-                            tmp_path / "net.onnx")) == 0
-    scores = json.loads(capsys.readouterr().out)
-    content = (tmp_path / "net.onnx").read_bytes()
-    facts = {each.key: each.value for each in onnx.load_from_string(content).metadata_props}
-    mean, std = (torch.tensor(json.loads(facts[key])).view(3, 1, 1) for key in ("mean", "std"))
-    assert json.loads(facts["resize"]) == json.loads(facts["image_size"]) == size
-    images, labels = train.generate_patterns("val", 2048)
-    images = nn.functional.interpolate(images, size=json.loads(facts["resize"]), mode="bilinear")
-    logits = session(content)((images - mean) / std)
-    loss = nn.functional.cross_entropy(logits, labels).item()
-    assert loss == pytest.approx(scores["post_bn_loss"], rel=0.02)
-
-
-@pytest.mark.parametrize("flags, facts", [
-    ("", {"mean": [0, 0, 0], "std": [1, 1, 1], "resize": 24}),
-    ("--data", {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "resize": 36})])
-def test_an_exported_network_carries_what_was_done_to_its_own_pictures(
-        flags, facts, few_patterns, pictures, tmp_path, monkeypatch):
-    """The generated patterns are only resized, whatever the weights expected."""
-    command = split("--method lsq --epochs 0 --bits 3 --act-bits 5 --image-size 24 --bn-batches 1",
-                    "--model mobilenet_v2_short --batch-size 8 --workers 0", flags,
-                    *[pictures] * bool(flags))
-    args, exported = train.parse(command), {}
-    args.weights = None
-    run = train.Run(args, score_float=False)
-    run.model.inputs = train.RELEASED | dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), resize=1.5)
-    monkeypatch.setattr(train, "stored_run", lambda *_: run)
-    monkeypatch.setattr(train, "scores", lambda run: {})
-    monkeypatch.setattr(train, "export_onnx", lambda model, shape, metadata: exported.update(
-        metadata | {"shape": shape, "model": model}) or b"")
-    train.evaluate(argparse.Namespace(evaluate="last.pt", export=str(tmp_path / "net.onnx")))
-    assert exported.pop("shape") == (3, 24, 24) and exported.pop("model") is run.model
-    told = {key: json.loads(value) for key, value in exported.items()}
-    assert told == facts | {"image_size": 24, "weight_bits": 3, "act_bits": 5,
-                            "interpolation": "bilinear", "classes": run.train_set.classes}
 
 
 def test_odd_pictures_are_read_and_unreadable_ones_named_and_counted(
@@ -2758,9 +2676,6 @@ def test_a_number_out_of_range_is_refused_by_name(flag, value, capsys):
     ("--weights DEFAULT --model efficientnet_lite0", "torchvision has none; give a file"),
     ("--weights missing.pt", "--weights missing.pt"),
     ("--evaluate missing.pt", "--evaluate missing.pt"),
-    ("--summarize missing", "--summarize missing"),
-    ("--evaluate last.pt --export last.pt", "give FILE.onnx"),
-    ("--export net.onnx", "--export: goes with --evaluate"),
     ("--data missing", "expected train/CLASS"), ("--data empty", "expected train/CLASS"),
     ("--data hollow", "expected train/CLASS"), ("--data single", "2 or more classes"),
     ("--data unequal", "val has 2, unlike train or run: ['c']"),
@@ -3099,18 +3014,6 @@ def test_nan_and_a_full_disk_are_one_line_and_leave_the_previous_checkpoint_whol
     content = torch.load(tmp_path / "last.pt", weights_only=True)
     assert content["step"] == saved and sorted(os.listdir(tmp_path)) == ["last.pt", "log.csv"]
     assert all(tensor.isfinite().all() for tensor in content["model"].values())
-
-
-@pytest.mark.parametrize("place", ["missing/e.onnx", "last.pt/e.onnx", "folder.onnx"])
-def test_an_export_that_cannot_be_written_is_one_line(
-        place, onnx, whole, pictures, tmp_path, capsys, monkeypatch):
-    """Into a folder that is missing, into one that is a file, and over a folder."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(whole[0] / "last.pt", tmp_path)
-    (tmp_path / "folder.onnx").mkdir()
-    command = split("--evaluate last.pt --workers 0 --data", pictures, "--export", place)
-    assert f"--export {place}: cannot be written" in refusal(command, capsys)
-    assert sorted(os.listdir(tmp_path)) == ["folder.onnx", "last.pt"]
 
 
 def be_command(command, errors, stroke=None, environment={}):
@@ -3735,9 +3638,9 @@ def test_main_runs_in_a_thread(ab):
     assert statuses == [0]
 
 
-def tell_in_ascii(command, file):
+def tell_in_ascii(folders, file):
     sys.stdout = open(file, "w", encoding="ascii")
-    be_command(command, os.devnull, None, {"RANK": "0"})  # which alone starts no second process
+    train.run_script(partial(summarize.main, folders))
 
 
 def test_a_terminal_that_knows_no_plus_minus_gets_the_table(fork, tmp_path):
@@ -3748,15 +3651,13 @@ def test_a_terminal_that_knows_no_plus_minus_gets_the_table(fork, tmp_path):
                            "seed": seed, "data": None, "arguments": {"method": "lsq"}, **row})
         (tmp_path / str(seed)).mkdir()
         (tmp_path / str(seed) / "summary.json").write_text(text)
-    command = split("--summarize", tmp_path / "1", tmp_path / "2")
-    process = fork(tell_in_ascii, command, tmp_path / "out")
+    process = fork(tell_in_ascii, split(tmp_path / "1", tmp_path / "2"), tmp_path / "out")
     process.join()
     assert "1.50 ? 0.71" in (tmp_path / "out").read_text() and process.exitcode == 0
 
 
 @pytest.mark.parametrize("main, flag", [
-    *((train.main, flag) for flag in ("--data", "--weights", "--output", "--evaluate", "--export",
-                                      "--summarize")),
+    *((train.main, flag) for flag in ("--data", "--weights", "--output", "--evaluate")),
     (analyze.main, "--plot"), (analyze.main, "--data"), (analyze.main, "")])
 def test_an_empty_path_is_refused_since_it_would_ask_for_another_job(main, flag, capsys):
     """The value of a variable that is not set."""
@@ -3813,31 +3714,20 @@ def test_black_pictures_of_16_bits_are_told_once_and_floats_are_unreadable(worke
     assert "float.tif is no readable picture (floats, of a range that nothing tells)" in floats
 
 
-def test_a_finished_run_is_exported_without_pictures_and_scored_without_training_ones(
-        ab, capsys, onnx):
+def test_a_finished_run_is_scored_without_training_pictures(ab, capsys):
+    """On the BN statistics of its last scores, which an unfinished run lacks."""
     assert tiny(capsys, "--data", "ab", "--output", "f") == (0, [])
     assert tiny(capsys, "--data", "ab", "--output", "q", "--weights", "f/last.pt",
                 "--method", "lsq", "--epochs", "2") == (0, [])
-
-    def scored(*flags):
-        capsys.readouterr()
-        assert train.main(["--evaluate", "q/last.pt", "--workers", "0", *flags]) == 0
-        return capsys.readouterr().out.splitlines()[0]
-
-    with_all = scored("--export", "all.onnx")
     shutil.rmtree("ab/train")
-    assert scored() == with_all and read(Path("q"))[0]["post_bn_loss"] == json.loads(
-        with_all)["post_bn_loss"]
+    capsys.readouterr()
+    assert train.main(split("--evaluate q/last.pt --workers 0")) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores == {key: read(Path("q"))[0][key] for key in SCORES}
+    torch.save(torch.load("q/last.pt", weights_only=True) | {"scored_bn": {}}, "unfinished.pt")
+    assert "expected train/CLASS" in refusal(split("--evaluate unfinished.pt"), capsys)
     ab.rename("moved")
-    assert "not scored" in scored("--export", "none.onnx")
-    assert Path("none.onnx").read_bytes() == Path("all.onnx").read_bytes()
-    for flags in ("--evaluate q/last.pt", "--evaluate q/last.pt --export e.onnx --data ab"):
-        assert "--data ab: has no val/CLASS" in refusal(flags.split(), capsys)
-    unfinished = torch.load("q/last.pt", weights_only=True) | {"scored_bn": {}}
-    torch.save(unfinished, "unfinished.pt")
-    assert "expected train/CLASS" in refusal(split("--evaluate unfinished.pt --export e.onnx"),
-                                             capsys)
-    assert not Path("e.onnx").exists()
+    assert "--data ab: has no val/CLASS" in refusal(split("--evaluate q/last.pt"), capsys)
 
 
 def test_statistics_of_scores_belong_to_the_weights_they_are_stored_with(ab, capsys, monkeypatch):
@@ -3861,7 +3751,7 @@ def test_the_closing_comparison_survives_its_neighbours(ab, capsys, monkeypatch)
     like = json.loads(Path("runs/like/summary.json").read_text())
     for number, content in enumerate((
             "[]", "5", "{}", "null", "[[1]]", "no JSON", json.dumps(like | {"seconds": None}),
-            json.dumps(like | {"arguments": []}), json.dumps(like | {"pre_bn_loss": "1"}),
+            json.dumps(like | {"arguments": 5}), json.dumps(like | {"pre_bn_loss": "1"}),
             json.dumps(like | {"post_bn_loss": 0}), json.dumps(like | {"post_bn_top1": math.inf}))):
         Path(f"runs/{number}").mkdir()
         Path(f"runs/{number}/summary.json").write_text(content)
@@ -3871,11 +3761,12 @@ def test_the_closing_comparison_survives_its_neighbours(ab, capsys, monkeypatch)
     assert tiny(capsys, "--data", "ab", "--output", "runs/own") == (0, [])
     refuse_listing("runs", monkeypatch)
     assert train.main([*TINY, "--data", "ab", "--output", "runs/alone"]) == 0
-    assert [row["runs"] for row in table(capsys.readouterr().out)] == ["1"]
+    assert [row["run"] for row in table(capsys.readouterr().out)] == ["alone"]
     monkeypatch.undo()
     os.chdir(ab.parent)
     train.compare("runs/own")
-    assert sum(int(row["runs"]) for row in table(capsys.readouterr().out)) == 5
+    assert [row["run"] for row in table(capsys.readouterr().out)] == ["10", "9", "alone", "like",
+                                                                      "own"]
 
 
 @pytest.mark.parametrize("closing, argv, status", [
