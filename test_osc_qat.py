@@ -1847,7 +1847,7 @@ def tiny_run(pictures, tmp_path, monkeypatch):
             net = float_net()
             for i in () if bn else (1, 4, 7):
                 net[i] = nn.Identity()
-            net.inputs = train.RELEASED
+            net.preprocessing = train.RELEASED
             return net
 
         monkeypatch.setattr(train, "build_model", build)
@@ -2022,7 +2022,7 @@ def test_scores_are_those_of_all_validation_pictures_before_and_after_reestimati
         assert row[f"{moment}_bn_top1"] == pytest.approx(top1)
         assert row[f"{moment}_bn_loss"] == pytest.approx(
             nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
-        reestimate_bn(run.model, list(run.other_batches("bn", 4)))
+        reestimate_bn(run.model, list(run.sample_train_batches("bn", 4)))
     assert row["pre_bn_loss"] != pytest.approx(row["post_bn_loss"], rel=0.01)
 
 
@@ -2223,7 +2223,7 @@ def test_efficientnet_lite0_reads_both_published_layouts(inputs, stem, tmp_path)
     torch.save({"state_dict": theirs}, file)
     model = train.build_model("efficientnet_lite0", weights=str(file)).eval()
     x = torch.randn(1, 3, 65, 65)
-    assert torch.equal(model(x), ours(x)) and model.inputs is inputs
+    assert torch.equal(model(x), ours(x)) and model.preprocessing is inputs
     assert model.features[0][-2].eps == (1e-3 if stem == "_conv_stem" else 1e-5)
     pads, x = (0, 1, 0, 1) if stem == "_conv_stem" else (1, 1, 1, 1), x[..., :64, :64]
     by_hand = nn.functional.conv2d(nn.functional.pad(x, pads), next(ours.parameters()), stride=2)
@@ -2330,15 +2330,15 @@ def test_batches_depend_on_seed_epoch_and_step_only(data, few_patterns, pictures
     late = list(start("--workers 2" if data else "").epoch_batches(1, 2, 5))
     assert_same(late, whole[2:5])
     assert whole[0][0].shape == (8, 3, 20, 20)
-    for other in (run.epoch_batches(0), run.other_batches("bn", 1),
+    for other in (run.epoch_batches(0), run.sample_train_batches("bn", 1),
                   start("--seed 1").epoch_batches(1)):
         assert not torch.equal(next(other)[0], whole[0][0])
     keys = {0, 1}  # of passes, of which crops are a function; those of two epochs
     for purpose in ("bn", "loss"):
-        next(run.other_batches(purpose, 1))
+        next(run.sample_train_batches(purpose, 1))
         keys.add(run.train_set.key)
     assert len(keys) == 4
-    more = list(run.other_batches("bn", 2 * len(whole)))  # more than an epoch has
+    more = list(run.sample_train_batches("bn", 2 * len(whole)))  # more than an epoch has
     assert len(more) == 2 * len(whole) and not torch.equal(more[0][0], more[len(whole)][0])
     run.args.processes, alike = 5, None
     monkeypatch.setattr(train, "world_size", lambda: 5)
@@ -2351,8 +2351,8 @@ def test_batches_depend_on_seed_epoch_and_step_only(data, few_patterns, pictures
             sizes.add(len(next(run.epoch_batches(0))))
             run.args.batch_size = 8
             shares.append(torch.cat(list(run.epoch_batches(0))))
-        alike = alike or list(run.other_batches("bn", 2))
-        assert_same(list(run.other_batches("bn", 2)), alike)
+        alike = alike or list(run.sample_train_batches("bn", 2))
+        assert_same(list(run.sample_train_batches("bn", 2)), alike)
         assert len(alike[0][1]) == 5 * 8
     trained = torch.cat(shares)
     assert len({len(share) for share in shares}) == 1 and len(trained) == len(trained.unique())
@@ -2423,7 +2423,7 @@ def test_weights_of_torchvision_bring_their_own_mean_std_size_and_interpolation(
         url="https://x/y.pth", transforms=transform, get_state_dict=lambda **_: dict(state)))
     monkeypatch.setattr(torchvision.models, "get_model_weights", {"resnet18": published}.get)
     model = train.build_model("resnet18", weights="DEFAULT")
-    assert model.inputs == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "resize": 1.5,
+    assert model.preprocessing == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "resize": 1.5,
                             "interpolation": "bicubic"}
     assert torch.equal(model.conv1.weight, state["conv1.weight"])
 
@@ -2842,7 +2842,7 @@ def assert_same_end(*outputs):
         summary = json.loads((output / "summary.json").read_text())
         for content in (*contents, summary):
             del content["seconds"], content["arguments"]
-        facts = [[content.pop(key) for key in ("facts", "inputs", "rows")] for content in contents]
+        facts = [[content.pop(key) for key in ("dataset_info", "preprocessing", "rows")] for content in contents]
         texts.append([facts, summary, (output / "log.csv").read_text(), sorted(os.listdir(output))])
         tensors.append(contents)
     assert texts[0] == texts[1]
@@ -3489,7 +3489,7 @@ def test_which_efficientnet_lite0_a_file_holds_is_told_and_follows_its_name(
     assert file in line and ("tf_efficientnet_lite0" in line) == (eps == 1e-3)
     x = torch.randn(1, 3, 33, 33)
     assert torch.equal(model(x), ours(x)) and model.features[0][-2].eps == eps
-    assert model.inputs["mean"][0] == {1e-3: 0.5, 1e-5: 0.485}[eps]
+    assert model.preprocessing["mean"][0] == {1e-3: 0.5, 1e-5: 0.485}[eps]
 
 
 def test_timms_mobilenet_v3_is_read_in_order_and_tensorflows_refused(tmp_path):

@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import chain, count, islice
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -903,10 +904,11 @@ def write_summary(run: Run) -> None:
 
 # --- After training: the table of runs, and the scores of a checkpoint ----------------------------
 
-# The columns of a table of runs: a key of summary.json, and its title.
-TABLE_COLUMNS = {"fp32_top1": "FP32", "pre_bn_top1": "pre-BN", "post_bn_top1": "post-BN",
-                 "pre_bn_loss": "pre-BN loss", "post_bn_loss": "post-BN loss", "gap": "gap %",
-                 "oscillating": "osc. %", "frozen": "frozen %", "seconds": "seconds"}
+# The columns of a table of runs: a key of summary.json, its title, and its decimals.
+TABLE_COLUMNS = {"fp32_top1": ("FP32", 2), "pre_bn_top1": ("pre-BN", 2),
+                 "post_bn_top1": ("post-BN", 2), "pre_bn_loss": ("pre-BN loss", 3),
+                 "post_bn_loss": ("post-BN loss", 3), "gap": ("gap %", 2),
+                 "oscillating": ("osc. %", 2), "frozen": ("frozen %", 2), "seconds": ("seconds", 0)}
 
 
 def print_table(rows: list[dict]) -> None:
@@ -919,39 +921,31 @@ def print_table(rows: list[dict]) -> None:
 
 
 def read_summary(folder: str | Path) -> dict:
-    """The summary.json of a finished run, with its gap; OSError, in one line, if there is none."""
+    """The summary.json of a finished run, with "W/A" and "gap"; raises UserError without one."""
     file = Path(folder, "summary.json")
-    try:
+    with user_error(f"{folder}: holds no summary.json of a finished run", Exception):
         if not file.is_file():  # a pipe would block for ever
             raise OSError("no such file")
-        summary = json.loads(file.read_text())
-        pre, post = summary["pre_bn_loss"], summary["post_bn_loss"]
-        summary["gap"] = 100 * (pre / post - 1) if post else math.nan
-        return summary | {key: float(summary[key]) for key in TABLE_COLUMNS} | {
-            "W/A": f"{summary['weight_bits']}/{summary['act_bits']}",
-            "alike": [summary[key] for key in ("model", "data", "weight_bits", "act_bits", "seed")],
-            "arguments": dict(summary["arguments"]), "method": summary["method"]}
-    except Exception as error:  # a damaged file, or a file of another shape, can raise any
-        raise OSError(f"{folder}: holds no summary.json of a finished run ({error})") from None
+        run = json.loads(file.read_text())
+        pre, post = run["pre_bn_loss"], run["post_bn_loss"]
+        run |= {"gap": 100 * (pre / post - 1) if post else math.nan,
+                "W/A": f"{run['weight_bits']}/{run['act_bits']}", "method": run["method"],
+                "arguments": dict(run["arguments"])}
+        return run | {key: float(run[key]) for key in TABLE_COLUMNS}
 
 
 def compare(output: str) -> None:
-    """Prints a row for this run, and one for each run beside it that differs in method only."""
+    """Prints a row for this run and for each run beside it of the same network, data and seed."""
+    alike = itemgetter("model", "data", "W/A", "seed")
     this, rows = read_summary(output), []
     beside = Path(os.path.realpath(output)).parent.glob("*")  # empty if nobody may list the folder
     for folder in sorted({os.path.realpath(path) for path in (output, *beside)}):
-        with suppress(OSError):  # a folder that holds no run of ours
-            summary = read_summary(folder)
-            if summary["alike"] == this["alike"]:
-                rows.append({"run": Path(folder).name, "method": summary["method"],
-                             "W/A": summary["W/A"], **{title: f"{summary[key]:.{digits(key)}f}"
-                             for key, title in TABLE_COLUMNS.items()}})
+        with suppress(UserError, KeyError):  # no run of ours
+            if alike(run := read_summary(folder)) == alike(this):
+                rows.append({"run": Path(folder).name, "method": run["method"], "W/A": run["W/A"],
+                             **{title: f"{run[key]:.{digits}f}"
+                                for key, (title, digits) in TABLE_COLUMNS.items()}})
     print_table(rows)
-
-
-def digits(key: str) -> int:
-    """How many decimals a table shows of a column."""
-    return 3 if "loss" in key else 2
 
 
 def stored_run(path: str, flag: str, args: argparse.Namespace) -> Run:
@@ -987,26 +981,55 @@ def a_path(text: str) -> str:
     return os.path.expanduser(text)
 
 
-def one_line_parser(description: str) -> argparse.ArgumentParser:
-    """With the defaults in --help; a bad flag is told in one line."""
+class HelpWithDefaults(argparse.RawDescriptionHelpFormatter):
+    """Names a default where it says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        default = action.default
+        if default is None or default is False or default == argparse.SUPPRESS:
+            return action.help
+        words = default if isinstance(default, list) else [default]
+        return f"{action.help} [{' '.join(map(str, words))}]"
+
+
+def one_line_parser(description: str, **options) -> argparse.ArgumentParser:
+    """A parser that reports a bad flag in one line."""
     p = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.error = lambda said: p.exit(2, f"{p.prog}: {said.removeprefix('argument ')}\n")
+                                formatter_class=HelpWithDefaults, **options)
+    p.error = lambda message: p.exit(2, f"{p.prog}: {message.removeprefix('argument ')}\n")
     return p
 
 
+HELP = """Train a network with quantized weights, with and without oscillations.
+
+Defaults depend on method, bits, network and data: add --help to a command to see its own."""
+EXAMPLES = """examples:
+  python train.py --method freeze --bits 4                 on generated pictures
+  python train.py --method fp32 --data DIR                 in float, on your pictures (train/CLASS/*
+                                                           and val/CLASS/*), ...
+  python train.py --method lsq --data DIR --weights runs/FLOAT/last.pt        ... and then quantized
+  torchrun --nproc_per_node=8 train.py --data IMAGENET --batch-size 16 --resume     on several GPUs"""
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Arguments. Those that choose a recipe are read first; it gives the others' defaults."""
-    argv = sys.argv[1:] if argv is None else argv
-    p = one_line_parser("Quantization-aware training with and without oscillations.")
-    training_flags(p.add_argument)
-    running_flags(p.add_argument)
-    args = p.parse_args([word for word in argv if word not in ("-h", "--help")])
+    """Arguments; the recipe fills in the flags that the command line leaves out."""
+    p = one_line_parser(HELP, epilog=EXAMPLES, usage="%(prog)s [flags]", add_help=False)
+    what, data, how, where, other = (p.add_argument_group(title).add_argument for title in (
+        "what to train", "on what", "recipe", "where and how it runs", "other jobs"))
+    network_flags(what, data)
+    recipe_flags(how)
+    running_flags(where, other)
+    args = p.parse_args(argv)
     args.model = args.model or ("mobilenet_v2" if args.data else "mobilenet_v2_short")
     weights = "DEFAULT" if args.data and METHODS[args.method]["quantizes"] else None
-    p.set_defaults(model=args.model, act_bits=args.bits, weights=weights, **recipe(args))
-    args = p.parse_args(argv)
-    # Those that train; --evaluate may run on fewer, and batches keep their size.
+    defaults = dict(model=args.model, act_bits=args.bits, weights=weights, **recipe(args))
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    vars(args).update(defaults | given)
+    if vars(args).pop("help"):
+        p.set_defaults(**defaults)
+        p.print_help()
+        p.exit()
+    # The processes that train; --evaluate may run in fewer, and batches keep their size.
     processes = "RANK" in os.environ and os.environ.get("WORLD_SIZE") or "1"
     if not processes.isdecimal():
         p.error(f"WORLD_SIZE={processes}: is not a number of processes; start with torchrun")
@@ -1014,59 +1037,74 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if not METHODS[args.method]["quantizes"]:
         args.bits = args.act_bits = 32
     if args.batch_size // args.accumulate < 2:
-        p.error("--batch-size, --accumulate: batch norm needs at least 2 images a forward pass")
+        p.error("--batch-size, --accumulate: batch norm needs at least 2 images per forward pass")
+    args.output = args.output or default_output(args)
+    return args
+
+
+def default_output(args: argparse.Namespace) -> str:
+    """The folder of a run: what distinguishes it from others that one compares it with."""
     parts = [Path(args.data).resolve().name if args.data else "", args.model, args.method,
              f"x{args.width:g}" if args.width != 1 else "",
              f"{args.image_size}px", f"w{args.bits}a{args.act_bits}" * (args.bits < 32),
              f"{args.steps}steps" if args.steps else "", f"seed{args.seed}"]
-    args.output = args.output or str(Path("runs", "-".join(filter(None, parts))))
-    return args
+    return str(Path("runs", "-".join(filter(None, parts))))
 
 
-def training_flags(add) -> None:
-    """Flags that a recipe sets, and others that change what is trained."""
+def network_flags(what: Callable, data: Callable) -> None:
+    """Flags of method and network, and of the pictures."""
+    what("--method", choices=tuple(METHODS), default="freeze", help="float, plain QAT, or a cure")
+    what("--model", choices=tuple(NETWORKS), help="network")
+    what("--width", type=within(0.05, 4, float), default=1.0, help="MobileNet's width multiplier")
+    what("--bits", type=within(2, 8), default=4, help="bits of weights, and of inputs; the first "
+         "and the last layer's weights have 8")
+    what("--act-bits", type=int, choices=(*range(2, 9), 32), help="bits of layer inputs; 32: float")
+    what("--per-channel", action="store_true", help="learn a weight scale per output channel")
+    what("--estimator", choices=tuple(ESTIMATORS), default="ste", help="weight gradient estimator")
+    what("--weights", type=a_path, metavar="DEFAULT|FILE", help="float weights to start from: "
+         "torchvision's, or a file")
+    data("--data", type=a_path, metavar="DIR", help="pictures; else patterns are generated")
+    data("--image-size", type=within(16, 2048), help="side of the square image in pixels")
+    data("--hflip", type=within(0, 1, float), default=0.5, metavar="P", help="probability of a "
+         "horizontal flip in training; 0 if left and right tell classes apart")
+
+
+def recipe_flags(add: Callable) -> None:
+    """Flags of how training goes; those without a default here have one in the recipe."""
     rate, share = within(1e-9, 100, float), within(0, 1, float)
-    add("--method", choices=tuple(METHODS), default="freeze", help="float, plain QAT, or a cure")
-    add("--model", choices=tuple(NETWORKS), help="network")
-    add("--data", type=a_path, metavar="DIR", help="pictures; None = generated patterns")
-    add("--bits", type=within(2, 8), default=4, help="of weights and inputs")
-    add("--act-bits", type=int, choices=(*range(2, 9), 32), help="of layer inputs, 32 = float")
-    add("--weights", type=a_path, metavar="DEFAULT|FILE", help="float weights to start from")
-    add("--image-size", type=within(16, 2048), help="pixels")
-    add("--hflip", type=share, default=0.5, metavar="P", help="probability of a horizontal flip; "
-        "0 if left and right tell classes apart")
-    add("--width", type=within(0.05, 4, float), default=1.0, help="MobileNetV2's multiplier")
-    add("--estimator", choices=tuple(ESTIMATORS), default="ste", help="gradient through rounding")
-    add("--per-channel", action="store_true", help="a weight scale per output channel")
-    add("--epochs", type=within(0, 10000), help="0 = only score what --weights loads")
-    add("--steps", type=within(1, 10**9), help="in place of --epochs")
-    add("--batch-size", type=within(1, 65536), help="images a step and process")
-    add("--accumulate", type=within(1, 65536), default=1, help="parts of a batch, in turn")
-    add("--lr", type=rate, help="learning rate of the weights")
-    add("--lr-floor", type=share, help="share of --lr at which its cosine ends")
-    add("--scale-lr", type=rate, help="Adam's learning rate of the scales")
-    add("--weight-decay", type=share, help="of the weights")
-    add("--label-smoothing", type=share, default=0.0, help="of cross-entropy in training")
+    add("--epochs", type=within(0, 10000), help="passes over the data; 0 only scores --weights")
+    add("--steps", type=within(1, 10**9), help="train for so many steps, not for --epochs")
+    add("--batch-size", type=within(1, 65536), help="images per step in each process")
+    add("--accumulate", type=within(1, 65536), default=1, help="split a batch into so many parts "
+        "to save memory; BN normalizes by a part")
+    add("--lr", type=rate, help="learning rate of the weights at the start")
+    add("--lr-floor", type=share, help="share of --lr at the end")
+    add("--scale-lr", type=rate, help="learning rate of the quantizers' scales")
+    add("--weight-decay", type=share, help="weight decay of the weights")
+    add("--label-smoothing", type=share, default=0.0, help="label smoothing of the training loss")
     add("--bn-momentum", type=share, help="momentum of BN's running statistics")
-    add("--bn-batches", type=within(1, 10000), default=50, help="batches for re-estimation")
+    add("--bn-batches", type=within(1, 10000), default=50, help="batches that re-estimate BN")
     add("--osc-momentum", type=within(1e-6, 1, float), help="m of Eq. 4; f > 5 m is oscillation")
     pair = dict(nargs=2, metavar=("START", "END"), type=within(0, 1e6, float))
-    add("--threshold", **pair, help="f_th of --method freeze; equal = constant")
-    add("--lambda", dest="lambda_", **pair, help="weight of --method dampen; equal = constant")
-    add("--dampening", choices=("kernel_mean", "sum"), default="kernel_mean", help="its reduction")
+    add("--threshold", **pair, help="f_th of --method freeze; constant if START = END")
+    add("--lambda", dest="lambda_", **pair, help="weight of the dampening loss of --method dampen")
+    add("--dampening", choices=("kernel_mean", "sum"), default="kernel_mean",
+        help="reduction of the dampening loss: the released code's, or Eq. 5's (sum)")
     add("--seed", type=within(0, 2**31), default=0, help="of all but the generated patterns")
 
 
-def running_flags(add) -> None:
-    """Flags of where and how to run, and of what else to do than train."""
-    add("--workers", type=within(0, 256), default=min(8, os.cpu_count() or 1), help="loaders")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
-    add("--amp", action="store_true", help="bfloat16 autocast; quantizers, trackers stay float32")
-    add("--compile", action="store_true", help="torch.compile")
-    add("--output", type=a_path, metavar="DIR", help="results; None = runs/NETWORK-METHOD-...")
+def running_flags(add: Callable, other: Callable) -> None:
+    """Flags that change no more than rounding, and flags of other jobs than training."""
+    add("--output", type=a_path, metavar="DIR", help="folder of the results; else runs/NETWORK-...")
     add("--resume", action="store_true", help="go on from last.pt in --output, if there is one")
-    add("--checkpoint-every", type=within(1, 10**9), default=1000, help="number of steps")
-    add("--evaluate", type=a_path, metavar="CHECKPOINT", help="score it by its own flags, and exit")
+    add("--checkpoint-every", type=within(1, 10**9), default=1000, help="steps between checkpoints")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    add("--workers", type=within(0, 256), default=min(8, os.cpu_count() or 1),
+        help="processes that load pictures, for each of the two sets")
+    add("--amp", action="store_true", help="bfloat16 autocast; quantizers, trackers stay float32")
+    add("--compile", action="store_true", help="use torch.compile")
+    other("--evaluate", type=a_path, metavar="CHECKPOINT", help="score it, with its own flags")
+    other("-h", "--help", action="store_true", help="print this, with the defaults of the command")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1129,7 +1167,7 @@ def one_line(error: BaseException) -> str | None:
         return line
     text = repr(error) if isinstance(error, (RuntimeError, MemoryError)) else ""
     if re.search("by peer|gloo|NCCL", text):
-        return f"another process of this run has ended, and its message says why ({line:.80})"
+        return "another process of this run has ended; its message says why"
     if re.search("[Mm]emory|DataLoader|open files|inductor|ompile", text):
         return f"--batch-size, --image-size, --workers or --compile: too much here ({line})"
     return None

@@ -38,8 +38,8 @@ def summarize(args: argparse.Namespace) -> None:
     train.print_table([{
         "network": group[0]["model"], "method": group[0]["method"], "W/A": group[0]["W/A"],
         **{key: setting(group[0]).get(key) for key in varied}, "runs": len(group),
-        **{title: mean_std([each[key] for each in group], train.digits(key))
-           for key, title in TABLE_COLUMNS.items()}} for group in groups.values()])
+        **{title: mean_std([each[key] for each in group], digits)
+           for key, (title, digits) in TABLE_COLUMNS.items()}} for group in groups.values()])
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
