@@ -6,6 +6,7 @@ Every test names the equation, algorithm or table that it checks. `pytest -q` ru
 import argparse
 import copy
 import csv
+import glob
 import http.client
 import io
 import itertools
@@ -69,6 +70,7 @@ pytestmark = pytest.mark.filterwarnings(
     # What torch.compile itself does, up to 2.11; Python shows neither to who runs the script.
     "ignore:.*Function'> should not be instantiated:DeprecationWarning",
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+    "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning",
     # A DataLoader that ran out of files leaves a thread that fails later, in whichever test runs.
     "ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
@@ -1760,7 +1762,8 @@ def test_toy_ends_without_a_word_when_nobody_reads_on():
 
 # --- train.py: recipes, schedule, and the step ----------------------------------------------------
 
-PUBLISHED = """
+# The released code's settings: lr, weight decay, epochs, START and END of f_th.
+RELEASED = """
 mobilenet_v2       dampen 4 0.0033 2.5e-5 90 0.1 0.01
 mobilenet_v2       dampen 3 0.01   2.5e-5 90 0.1 0.01
 mobilenet_v2       freeze 4 0.0033 5e-5   90 0.1 0.01
@@ -1769,32 +1772,66 @@ efficientnet_lite0 dampen 4 0.0033 1e-4   50 0.1 0.01
 efficientnet_lite0 dampen 3 0.01   5e-5   50 0.1 0.01
 efficientnet_lite0 freeze 4 0.0033 1e-4   50 0.1 0.015
 efficientnet_lite0 freeze 3 0.01   5e-5   50 0.1 0.005""".split("\n")[1:]
+RELEASED = {tuple(row.split()[:3]): tuple(map(float, row.split()[3:])) for row in RELEASED}
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("model", train.NETWORKS)
-def test_every_default_is_that_of_its_recipe(model, bits):
-    """The released code's rows; for generated patterns and short networks those found here."""
+def test_every_recipe_is_the_released_codes_or_was_found_here(model, bits):
+    """Bits that have no row take the nearer one; networks that have none take MobileNetV2's."""
     def defaults(data, method):
         args = train.parse(f"{data} --model {model} --method {method} --bits {bits}".split())
         return (args.lr, args.weight_decay, args.epochs, *args.threshold, *args.lambda_,
                 args.lr_floor, args.scale_lr, args.bn_momentum, args.osc_momentum,
                 args.batch_size, args.image_size, args.min_crop, args.act_bits)
 
-    rows = {tuple(row.split()[:3]): tuple(map(float, row.split()[3:])) for row in PUBLISHED}
     imagenet, short = (0, 0.1, 0, 1e-5, 0.1, 0.001, 128, 224, 0.08, bits), (0.03, 0.008, 0, 0.3)
     own = model if model == "efficientnet_lite0" else "mobilenet_v2"
     for data in ("", "--data DIR"):
         for method in ("lsq", "dampen", "freeze"):
             cure = "dampen" if method == "dampen" else "freeze"
-            expected = (*rows[own, cure, "3" if bits <= 3 else "4"], *imagenet)
-            if not data or train.is_short(model):
+            expected = (*RELEASED[own, cure, "3" if bits <= 3 else "4"], *imagenet)
+            if not data or "short" in model:
                 expected = (0.05, 2.5e-5, 3, *short, 0.1, 1e-4, 0.02, 0.005, 64, 20, 0.95, bits)
             assert defaults(data, method) == expected
         expected = (0.1, 4e-5, 90, 0.1, 0.01, *imagenet[:-1], 32)
-        if not data or train.is_short(model):
+        if not data or "short" in model:
             expected = (0.1, 4e-5, 4, *short, 0, 1e-4, 0.1, 0.005, 64, 20, 0.95, 32)
         assert defaults(data, "fp32") == expected
+
+
+def test_every_other_flag_has_a_default_that_leaves_the_method_as_published():
+    """No flag may miss here: a new one is a decision."""
+    recipes = ("lr weight_decay epochs threshold lambda_ lr_floor scale_lr bn_momentum osc_momentum"
+               " batch_size image_size min_crop act_bits").split()
+    others = vars(train.parse([]))
+    for key in recipes:
+        del others[key]
+    assert others == dict(
+        method="freeze", model="mobilenet_v2_short", data=None, bits=4, weights=None, width=1.0,
+        estimator="ste", per_channel=False, steps=None, accumulate=1, label_smoothing=0.0,
+        bn_batches=50, dampening="kernel_mean", seed=0, workers=min(8, os.cpu_count()),
+        device="cpu", amp=False, compile=False, resume=False, checkpoint_every=1000, evaluate=None,
+        output="runs/mobilenet_v2_short-freeze-20px-w4a4-seed0", processes=1)
+    args = train.parse(["--data", "DIR"])
+    assert (args.model, args.weights) == ("mobilenet_v2", "DEFAULT")
+    assert train.parse(["--data", "DIR", "--method", "fp32"]).weights is None
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """A method of one's own, "both", dampens and freezes: one more row of METHODS."""
+    monkeypatch.setitem(train.METHODS, "both", dict(quantizes=True, dampens=True, freezes=True))
+
+
+@pytest.mark.parametrize("bits", ["3", "4"])
+@pytest.mark.parametrize("model", ["mobilenet_v2", "efficientnet_lite0"])
+def test_a_method_with_both_cures_has_the_settings_of_both(model, bits, both):
+    args = train.parse(["--data=DIR", "--method=both", f"--model={model}", f"--bits={bits}"])
+    assert (args.lr, args.weight_decay, args.epochs) == RELEASED[model, "dampen", bits][:3]
+    assert tuple(args.threshold) == RELEASED[model, "freeze", bits][3:]
+    assert args.lambda_ == [0, 0.1]
+    assert train.schedule(args, 1.0)[1:] == (0.1, args.threshold[1])
 
 
 @pytest.mark.parametrize("flags, progress, lr, lambda_, threshold", [
@@ -1858,14 +1895,40 @@ def tiny_run(pictures, tmp_path, monkeypatch):
     return begin
 
 
+def batches_of(run, epoch=0):
+    """What an epoch of training hands to train_step, images and labels; the run stays as it is."""
+    seen = []
+
+    def step(run, *batch):
+        seen.append(batch)
+        run.step += 1
+        return 0.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", step)
+        patch.setattr(train, "save_checkpoint", lambda *_: None)
+        patch.setattr(run, "step", epoch * run.epoch_steps)
+        train.train_epoch(run, epoch)
+    return seen
+
+
+def bn_batches_of(run):
+    """What re-estimation of BN hands to the network."""
+    with pytest.MonkeyPatch.context() as patch:
+        seen = []
+        patch.setattr(train, "reestimate_bn", lambda model, batches: seen.extend(batches))
+        train.reestimate(run)
+    return seen
+
+
 def train_on(run, epochs=2):
     for epoch in range(epochs):
-        for images, labels in run.epoch_batches(epoch):
-            train.train_step(run, images, labels)
+        for batch in batches_of(run, epoch):
+            train.train_step(run, *batch)
 
 
 def cosine(start, end, share):
-    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+    return start + (end - start) * math.sin(math.pi / 2 * share) ** 2
 
 
 @pytest.mark.parametrize("method, more", [
@@ -1875,7 +1938,9 @@ def cosine(start, end, share):
     ("freeze", "--per-channel --act-bits 32")])
 def test_a_step_is_sgd_adam_eq_5_and_algorithm_1_in_this_order(method, more, tiny_run, monkeypatch):
     """Twelve steps written out: both optimizers, schedules, weight decay, BN's momentum."""
-    monkeypatch.setattr(torch, "compile", lambda model: model)  # it has tests of its own
+    compiled, calls = nn.Sequential(), []  # the code that torch.compile makes has its own tests
+    compiled.register_forward_hook(lambda *_: calls.append(0))
+    monkeypatch.setattr(torch, "compile", compiled.append)
     run = tiny_run("--method", method, more, "--steps 12 --osc-momentum 0.1",
                    "--lr-floor 0.5 --weight-decay 0.01 --scale-lr 0.01 --lambda 0 0.5",
                    "--threshold 0.2 0.05")
@@ -1883,7 +1948,7 @@ def test_a_step_is_sgd_adam_eq_5_and_algorithm_1_in_this_order(method, more, tin
     for bn in osc_qat.batch_norms(model).values():
         bn.momentum = 0.3
     tracker, state = OscillationTracker(model, 0.1), {}
-    batches = [batch for epoch in (0, 1) for batch in run.epoch_batches(epoch)]
+    batches = [*batches_of(run), *batches_of(run, 1)]
     # A second process that sees the same changes nothing.
     monkeypatch.setattr(train, "world_size", lambda: 2)
     monkeypatch.setattr(train, "over_ranks", lambda tensor: 2 * tensor)
@@ -1913,6 +1978,7 @@ def test_a_step_is_sgd_adam_eq_5_and_algorithm_1_in_this_order(method, more, tin
         assert_close(run.tracker.state_dict(), tracker.state_dict())
         model.load_state_dict(run.model.state_dict())  # differences of rounding would grow
     assert tracker.frequency()["3"].any() and run.step == 12
+    assert (len(compiled), len(calls)) == ((1, 12) if "compile" in more else (0, 0))
     assert (tracker.frozen_share() > 0) == (method == "freeze")
 
 
@@ -1941,7 +2007,7 @@ def test_a_part_of_an_accumulated_batch_has_two_images_or_more(pictures_there, s
 
 def test_dropout_depends_on_seed_step_and_process_and_not_on_what_was_drawn_before(tiny_run):
     run, drawn = tiny_run("--method fp32"), []
-    x, y = next(run.epoch_batches(0))
+    x, y = batches_of(run)[0]
     run.model[8].register_forward_pre_hook(lambda *_: drawn.append(torch.rand(1).item()))
 
     def at(step, rank=0, seed=0):
@@ -2022,27 +2088,30 @@ def test_scores_are_those_of_all_validation_pictures_before_and_after_reestimati
         assert row[f"{moment}_bn_top1"] == pytest.approx(top1)
         assert row[f"{moment}_bn_loss"] == pytest.approx(
             nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
-        reestimate_bn(run.model, list(run.other_batches("bn", 4)))
+        reestimate_bn(run.model, bn_batches_of(run))
     assert row["pre_bn_loss"] != pytest.approx(row["post_bn_loss"], rel=0.01)
 
 
-@pytest.mark.parametrize("number", [2, 1000])
-def test_three_processes_score_each_picture_once(number, tiny_run, monkeypatch):
-    """However few there are, and however many."""
-    run, scored = tiny_run("--method fp32"), []
-    run.val_set = range(number)
-    monkeypatch.setattr(run, "load", lambda _, batches: scored.extend(batches) or [
-        (torch.zeros(2, 3, 20, 20), torch.zeros(2, dtype=torch.long))])
-    monkeypatch.setattr(train, "world_size", lambda: 3)
-    for rank in range(3):
+@pytest.mark.parametrize("processes", [3, 20])
+def test_processes_share_the_validation_pictures_and_score_each_once(
+        processes, tiny_run, monkeypatch):
+    """17 pictures; also where some processes have none."""
+    run, sums = tiny_run("--method fp32"), []
+    top1, loss = train.validate(run)
+    monkeypatch.setattr(train, "over_ranks", lambda tensor: sums.append(tensor) or torch.ones(3))
+    monkeypatch.setattr(train, "world_size", lambda: processes)
+    for rank in range(processes):
         monkeypatch.setattr(train, "rank", lambda: rank)
         train.validate(run)
-    assert sorted(torch.cat(scored).tolist()) == list(range(number)) and all(map(len, scored))
+    expected = [17 * top1 / 100, 17 * loss, 17]
+    assert sum(sums).tolist() == pytest.approx(expected) and len(sums) == processes
 
 
-def test_the_log_has_the_mean_loss_and_the_last_learning_rate_of_each_epoch(tiny_run, monkeypatch):
+def test_the_log_has_the_mean_loss_and_the_last_settings_of_each_epoch(
+        tiny_run, both, monkeypatch):
     """Also of the last epoch, of two steps instead of six."""
-    run, told = tiny_run("--method lsq --steps 8 --lr-floor 0.1"), []
+    run, told = tiny_run("--method both --lambda 0 0.4 --threshold 0.1 0.02 --steps 8",
+                         "--lr-floor 0.1"), []
 
     def watched(run, *batch, step=train.train_step):
         told.append((step(run, *batch), run.optimizers[0].param_groups[0]["lr"]))
@@ -2052,11 +2121,13 @@ def test_the_log_has_the_mean_loss_and_the_last_learning_rate_of_each_epoch(tiny
     for epoch in range(2):
         train.train_epoch(run, epoch)
         train.finish_epoch(run, epoch + 1)
-    for row, steps in zip(run.rows, (told[:6], told[6:])):
+    for row, steps, share in zip(run.rows, (told[:6], told[6:]), (5 / 8, 7 / 8)):
         losses, rates = zip(*steps)
         assert row["loss"] == pytest.approx(sum(losses) / len(losses)) and row["lr"] == rates[-1]
+        assert row["lr"] == pytest.approx(cosine(0.2, 0.02, share))
+        assert row["lambda"] == pytest.approx(cosine(0, 0.4, (share - 0.25) / 0.75))
+        assert row["freeze_threshold"] == pytest.approx(cosine(0.1, 0.02, (share - 0.25) / 0.75))
     assert [row["step"] for row in run.rows] == [6, 8] and len(told) == 8
-    assert run.rows[1]["lr"] == pytest.approx(cosine(0.2, 0.02, 7 / 8))
 
 
 SCORES = "pre_bn_top1", "pre_bn_loss", "post_bn_top1", "post_bn_loss"
@@ -3679,8 +3750,9 @@ def refuse_listing(folder, monkeypatch):
         return listed(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    if keeps_its_own := getattr(pathlib, "_NormalAccessor", None):  # Python 3.10
-        monkeypatch.setattr(keeps_its_own, "scandir", staticmethod(scandir))
+    for module, keeper in ((pathlib, "_NormalAccessor"), (glob, "_StringGlobber")):
+        if hasattr(module, keeper):  # Python 3.10 and 3.13 keep the function that they imported
+            monkeypatch.setattr(getattr(module, keeper), "scandir", staticmethod(scandir))
 
 
 def test_what_a_folder_of_pictures_holds_and_what_is_left_out_is_told(ab, capsys, monkeypatch):
