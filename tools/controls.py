@@ -3,8 +3,8 @@
     python -m tools.controls --method random --bits 3 --act-bits 32       all flags of train.py
     python -m tools.controls --model mobilenet_v2_short_dense --method lsq --bits 3
 
-Random freezing: each time a weight passes f_th, another one, picked at random, freezes in its place,
-at its own round(EMA). So about as many weights freeze, and about as early.
+Random freezing: each time a weight passes f_th, another one, picked at random, freezes in its
+place, at its own round(EMA). So about as many weights freeze, and about as early.
 """
 
 import argparse
