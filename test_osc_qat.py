@@ -2642,19 +2642,21 @@ def test_weights_of_torchvision_bring_their_own_mean_std_size_and_interpolation(
 
 
 @pytest.mark.parametrize("data", [False, True])
-def test_training_pictures_are_flipped_half_of_the_time_and_others_never(
+def test_training_pictures_are_flipped_as_often_as_asked_for_and_others_never(
         data, tmp_path, monkeypatch):
-    """All are brighter to the right."""
+    """All are brighter to the right. Half of the time, if nothing else is asked for."""
     x, shown = torch.arange(20.0).expand(20, 20), []
     monkeypatch.setattr(train, "generate_patterns", lambda part, number: (
         x.expand(100, 3, 20, 20), torch.zeros(100).long()))
     for part, name, k in itertools.product(("train", "val"), "ab", range(50)):
         (tmp_path / part / name).mkdir(parents=True, exist_ok=True)
         Image.fromarray((10 * x).byte().numpy()).save(tmp_path / part / name / f"{k}.png")
-    run = start(tmp_path if data else None)
+    run, never, always = (start(tmp_path if data else None, *more)
+                          for more in ((), ("--hflip 0",), ("--hflip 1",)))
     run.model.register_forward_pre_hook(lambda _, x: shown.append(x))
     train.validate(run)
-    for batches, low, high in ((batches_of(run), 25, 75), (shown, 0, 0)):
+    for batches, low, high in ((batches_of(run), 25, 75), (batches_of(never), 0, 0),
+                               (batches_of(always), 96, 96), (shown, 0, 0)):
         images = torch.cat([batch[0] for batch in batches])
         assert len(images) >= 96 and low <= (
             images[..., 19] < images[..., 0]).all((1, 2)).sum().item() <= high
@@ -2701,6 +2703,7 @@ def test_a_run_learns_and_writes_log_checkpoints_and_summary(
     assert rows[1]["loss"] < rows[0]["loss"] and summary["post_bn_loss"] < 0.5
     assert summary["post_bn_top1"] > 90 and summary["weight_bits"] == summary["act_bits"] == 3
     assert (summary["torch"], summary["threads"]) == (torch.__version__, 1)
+    assert b"\r" not in (tmp_path / "log.csv").read_bytes()
     assert (summary["frozen"] > 0) == (method == "freeze")
     capsys.readouterr()
     command = split("--evaluate", tmp_path / "last.pt", "--data", pictures, "--workers 0")
