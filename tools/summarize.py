@@ -9,6 +9,7 @@ import math
 from statistics import fmean
 
 import train
+from tools.common import tool_parser
 from train import TABLE_COLUMNS, WHERE_AND_HOW
 
 
@@ -44,15 +45,16 @@ def summarize(args: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the command line."""
-    p = train.one_line_parser("Table of finished runs, means over seeds.")
+    p = tool_parser("summarize", "Prints a table of finished runs: a row per setting, with mean "
+                    "and standard deviation over its seeds.", "runs/*-lsq-* runs/*-freeze-*")
     p.add_argument("folders", type=train.a_path, metavar="DIR", nargs="+",
-                   help="--output of finished runs")
+                   help="folder of a finished run, that is, the --output of train.py")
     return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 after one line on standard error."""
-    return train.exit_status("tools.summarize", parse, summarize, argv)
+    return train.exit_status("python -m tools.summarize", parse, summarize, argv)
 
 
 if __name__ == "__main__":

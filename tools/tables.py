@@ -24,7 +24,7 @@ from torch import Tensor
 
 import train
 from tools import controls
-from tools.pictures import check_picture, picture
+from tools.common import check_picture, picture, tool_parser
 from train import UserError, save_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -484,7 +484,7 @@ def plot_claims(path: str, rows: list[dict]) -> None:
 def draw_interval(axes, y: float, values: list[float], marker: str, colour: str,
                   right: float) -> None:
     """The mean of values and its interval, in standard errors; a mean beyond the edge as text."""
-    error = stdev(values) / math.sqrt(len(values))
+    error = stdev(values) / math.sqrt(len(values)) or 1.0  # 0 if all seeds agree
     middle, ends = mean(values) / error, [end / error for end in interval(values)]
     axes.plot(ends, [y, y], color=colour, linewidth=2)
     axes.plot([middle], [y], marker, color=colour, markersize=5)
@@ -519,8 +519,8 @@ def work(args: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the command line."""
-    p = train.one_line_parser("Prints every table of README.md and figures/README.md.")
-    p.prog, p.formatter_class = "python -m tools.tables", argparse.HelpFormatter
+    p = tool_parser("tables", "Prints every table of README.md and figures/README.md.",
+                    "--collect runs/* --write --plot figures/claims.png")
     p.add_argument("--collect", metavar="DIR", nargs="+", type=Path, default=[],
                    help="first add these folders of finished runs to figures/runs.csv; a row of "
                    "the same name is replaced, all other rows stay")
@@ -528,7 +528,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                    help="put the tables into the two files instead of printing them")
     p.add_argument("--plot", metavar="FILE", type=train.a_path,
                    help="draw the intervals of all claims (needs matplotlib)")
-    p.epilog = "example: python -m tools.tables --collect runs/* --write --plot figures/claims.png"
     return p.parse_args(argv)
 
 

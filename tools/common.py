@@ -1,12 +1,21 @@
-"""How the tools write a picture: matplotlib is imported only here, and only for --plot."""
+"""What the tools share: their command lines, and their pictures by matplotlib (only for --plot)."""
 
+import argparse
 import io
 import os
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from train import save_atomically, user_error
+from train import one_line_parser, save_atomically, user_error
+
+
+def tool_parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
+    """A parser for `python -m tools.NAME` that reports a bad flag in one line."""
+    p = one_line_parser(description)
+    p.prog, p.formatter_class = f"python -m tools.{name}", argparse.HelpFormatter
+    p.epilog = f"example: python -m tools.{name} {example}"
+    return p
 
 
 @contextmanager
