@@ -227,25 +227,24 @@ def draw_channel(integers, latent, run: Run, recorded: dict, layer: str, channel
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the command line."""
-    p = tool_parser("analyze", "Prints Tables 1 and 3 of the first checkpoint, and Figures 3 and 4 "
-                    "of all checkpoints as a table; --plot draws Figures 2 to 4.",
+    p = tool_parser("analyze", "Prints Figures 3 and 4 of all checkpoints as a table, and Tables 1 "
+                    "and 3\nof the first one. --plot draws Figures 2 to 4.",
                     "runs/LSQ/last.pt runs/FREEZE/last.pt --plot figures.png")
     add = p.add_argument
     add("checkpoints", type=train.a_path, metavar="CHECKPOINT", nargs="+",
         help="last.pt or best.pt of a run")
     add("--layer", metavar="NAME",
-        help="show this layer in Figures 2 to 4 (default: all depthwise layers together)")
+        help="show this layer in Figures 2 to 4 [all depthwise layers together]")
     add("--plot", type=train.a_path, metavar="FILE",
         help="draw Figures 2 to 4 into this file, such as a.png (needs matplotlib)")
     add("--steps", type=train.within(1, 10**9), default=1000, metavar="N",
-        help="steps of AdaRound in Table 3 (default: %(default)s; paper: 10000); its row of repeated "
-        "steps has at most as many")
+        help="steps of AdaRound in Table 3 (paper: 10000), and at most so many repeated steps")
     add("--data", type=train.a_path, metavar="DIR",
-        help="folder of the images (default: where they were in training)")
+        help="folder of the images [where they were in training]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device to compute on (default here: %(default)s)")
+        help="device to compute on")
     add("--workers", type=train.within(0, 256), default=min(8, os.cpu_count() or 1), metavar="N",
-        help="processes that load images (default here: %(default)s)")
+        help="processes that load images")
     return p.parse_args(argv)
 
 

@@ -51,16 +51,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = tool_parser("benchmark", "Prints the time of a training step of each method.",
                     "--model mobilenet_v2 --batch-size 16 --steps 8")
     add = p.add_argument
-    add("--model", choices=tuple(train.NETWORKS), default="mobilenet_v2",
-        help="network (default: %(default)s)")
+    add("--model", choices=tuple(train.NETWORKS), default="mobilenet_v2", metavar="NAME",
+        help=f"network: {', '.join(train.NETWORKS)}")
     add("--image-size", type=train.within(16, 2048), metavar="PIXELS",
-        help="width and height of the images (default: 224; of a short network, 20)")
+        help="width and height of the images [224; 20 for a short network]")
     add("--batch-size", type=train.within(2, 65536), metavar="N",
-        help="images per step (default: 128; of a short network, 64)")
+        help="images per step [128; 64 for a short network]")
     add("--steps", type=train.within(1, 10**9), default=10, metavar="N",
-        help="steps of each method, after two to warm up (default: %(default)s)")
+        help="steps of each method, after two to warm up")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device to compute on (default here: %(default)s)")
+        help="device to compute on")
     add("--amp", action="store_true", help="use bfloat16 autocast")
     add("--compile", action="store_true", help="use torch.compile")
     args = p.parse_args(argv)

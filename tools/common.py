@@ -12,10 +12,8 @@ from train import one_line_parser, save_atomically, user_error
 
 def tool_parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
     """A parser for `python -m tools.NAME` that reports a bad flag in one line."""
-    p = one_line_parser(description)
-    p.prog, p.formatter_class = f"python -m tools.{name}", argparse.HelpFormatter
-    p.epilog = f"example: python -m tools.{name} {example}"
-    return p
+    prog = f"python -m tools.{name}"
+    return one_line_parser(description, prog=prog, epilog=f"example: {prog} {example}")
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def summarize(args: argparse.Namespace) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the command line."""
     p = tool_parser("summarize", "Prints a table of finished runs: a row per setting, with mean "
-                    "and standard deviation over its seeds.", "runs/*-lsq-* runs/*-freeze-*")
+                    "and\nstandard deviation over its seeds.", "runs/*-lsq-* runs/*-freeze-*")
     p.add_argument("folders", type=train.a_path, metavar="DIR", nargs="+",
                    help="folder of a finished run, that is, the --output of train.py")
     return p.parse_args(argv)

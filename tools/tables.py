@@ -476,9 +476,10 @@ def plot_claims(path: str, rows: list[dict]) -> None:
         for marker, colour, label in (("o", "0.4", "patterns"), ("s", "0.4", "photographs"),
                                       ("-", SIDE_COLOURS[1], "excludes 0, as stated"),
                                       ("-", SIDE_COLOURS[-1], "opposite"),
-                                      ("-", SIDE_COLOURS[0], "contains 0")):
+                                      ("-", SIDE_COLOURS[0], "contains 0"),
+                                      ("-", SIDE_COLOURS[None], "open")):
             axes.plot([], [], marker, color=colour, label=label)
-        figure.legend(loc="outside upper right", ncols=5, frameon=False)
+        figure.legend(loc="outside upper right", ncols=6, frameon=False)
 
 
 def draw_interval(axes, y: float, values: list[float], marker: str, colour: str,
@@ -521,7 +522,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the command line."""
     p = tool_parser("tables", "Prints every table of README.md and figures/README.md.",
                     "--collect runs/* --write --plot figures/claims.png")
-    p.add_argument("--collect", metavar="DIR", nargs="+", type=Path, default=[],
+    p.add_argument("--collect", metavar="DIR", nargs="+", type=Path,
                    help="first add these folders of finished runs to figures/runs.csv; a row of "
                    "the same name is replaced, all other rows stay")
     p.add_argument("--write", action="store_true",
