@@ -14,16 +14,16 @@ from train import TABLE_COLUMNS, WHERE_AND_HOW
 
 
 def mean_std(values: list[float], digits: int = 2) -> str:
-    """The mean and, of several values, their standard deviation; values may be NaN."""
+    """The mean; of several values also their standard deviation. Values may be NaN."""
     mean = fmean(values)
-    squares = sum((value - mean) ** 2 for value in values)
+    squares = sum((value - mean) ** 2 for value in values)  # statistics.stdev fails at NaN
     deviation = f" ± {math.sqrt(squares / (len(values) - 1)):.{digits}f}" if values[1:] else ""
     return f"{mean:.{digits}f}{deviation}"
 
 
 def setting(summary: dict) -> dict[str, str]:
-    """The arguments of a run that do not name its seed, nor where and how it ran."""
-    seed = f"seed{summary['seed']}"  # weights of the same name but for the seed are alike
+    """The arguments that make a setting: all but the seed, and where and how the run was made."""
+    seed = f"seed{summary['seed']}"  # two paths of weights may differ in the seed
     return {key: str(value).replace(seed, "seed*") for key, value in summary["arguments"].items()
             if key not in WHERE_AND_HOW | {"seed"}}
 
