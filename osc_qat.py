@@ -41,6 +41,7 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 # --- Section 2.1: the quantizer, and the gradients that pass through it ---------------------------
 
@@ -112,28 +113,31 @@ class FakeQuantize(torch.autograd.Function):
         return x_hat
 
     @staticmethod
+    @once_differentiable  # there is no gradient of these gradients
     def backward(ctx, g):
         x, x_hat, scale, *frozen = ctx.saved_tensors
         int_min, int_max, estimator = ctx.grid
         if x.dtype != scale.dtype:  # half precision has rounded x_hat by as much as x_hat - x
             x, g = at_least_float32(x), at_least_float32(g)
             x_hat = quantize_to_int(x, scale, int_min, int_max, frozen).mul_(scale)
-        # dL/dw = dL/dw_hat 1[n <= w/s <= p]                                                 Eq. 2
-        # The mask is 1 where clip(w, s n, s p) = w. In place: a new tensor is slow on a CPU.
+        # 1[n <= w/s <= p] is 1.0 where clip(w, s n, s p) = w
         # Deviation: the released code clips after rounding, so that its mask is half a bin wider on
         # each side, for both gradients: at w/s = 3.3, p = 3 its dw_hat/ds is -0.3, ours is 3.
-        inside = x.clamp(scale * int_min, scale * int_max).eq_(x)
+        clipped = x.clamp(scale * int_min, scale * int_max)
+        inside = torch.eq(clipped, x, out=torch.empty_like(x))
         if frozen:  # a constant for w, and for the scale as if it were clipped there
             inside.masked_fill_(frozen[0], 0)
+        # Below, results overwrite what is not read again: on a CPU a new tensor costs more time.
         # dw_hat/ds = round(w/s) - w/s inside the grid, n or p where clipped                   LSQ
         # That is (w_hat - w) / s inside, w_hat / s where clipped: nothing is rounded again.
         # Deviation: without LSQ's optional factor 1/sqrt(numel * p), as in the released code.
-        error = torch.addcmul(x_hat, inside, x, value=-1)
+        error = torch.addcmul(x_hat, inside, clipped, value=-1, out=clipped)
         g_scale = error.mul_(g).sum_to_size(scale.shape) / scale
-        g_inside = inside.mul_(g)
+        # dL/dw = dL/dw_hat 1[n <= w/s <= p]                                                 Eq. 2
+        g_x = inside.mul_(g)
         if estimator != "ste":
-            g_inside = ESTIMATORS[estimator](g_inside, x / scale)
-        return g_inside, g_scale, *[None] * (3 + len(frozen))
+            g_x = ESTIMATORS[estimator](g_x, x / scale)
+        return g_x, g_scale, *[None] * (3 + len(frozen))
 
 
 def fake_quantize(x: Tensor, scale: Tensor, int_min: int, int_max: int,
