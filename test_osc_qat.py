@@ -3946,27 +3946,22 @@ def test_statistics_of_scores_belong_to_the_weights_they_are_stored_with(ab, cap
                for key, t in kept[-1]["scored_bn"].items())
 
 
-def test_the_closing_comparison_survives_its_neighbours(ab, capsys, monkeypatch):
-    assert tiny(capsys, "--data", "ab", "--output", "runs/like") == (0, [])
-    like = json.loads(Path("runs/like/summary.json").read_text())
-    for number, content in enumerate((
-            "[]", "5", "{}", "null", "[[1]]", "no JSON", json.dumps(like | {"seconds": None}),
-            json.dumps(like | {"arguments": 5}), json.dumps(like | {"pre_bn_loss": "1"}),
-            json.dumps(like | {"post_bn_loss": 0}), json.dumps(like | {"post_bn_top1": math.inf}))):
-        Path(f"runs/{number}").mkdir()
-        Path(f"runs/{number}/summary.json").write_text(content)
-    Path("runs/circle").symlink_to("circle")
-    Path("runs/pipe").mkdir()
-    os.mkfifo("runs/pipe/summary.json")
-    assert tiny(capsys, "--data", "ab", "--output", "runs/own") == (0, [])
-    refuse_listing("runs", monkeypatch)
-    assert train.main([*TINY, "--data", "ab", "--output", "runs/alone"]) == 0
-    assert [row["run"] for row in table(capsys.readouterr().out)] == ["alone"]
-    monkeypatch.undo()
-    os.chdir(ab.parent)
-    train.compare("runs/own")
-    assert [row["run"] for row in table(capsys.readouterr().out)] == ["10", "9", "alone", "like",
-                                                                      "own"]
+def test_the_closing_comparison_survives_its_neighbours(tmp_path, capsys, monkeypatch):
+    """Scores that are not finite are shown; a folder that nobody may list holds this run only."""
+    for name, odd in {"own": {}, "none": {"seconds": None}, "number": {"arguments": 5},
+                      "text": {"pre_bn_loss": "1"}, "zero": {"post_bn_loss": 0},
+                      "infinite": {"post_bn_top1": math.inf}}.items():
+        write_summary(tmp_path / name, **odd)
+    for number, content in enumerate(("[]", "5", "{}", "null", "[[1]]", "no JSON")):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / f"{number}/summary.json").write_text(content)
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe/summary.json")
+    for shown in (["infinite", "own", "zero"], ["own"]):
+        train.compare(str(tmp_path / "own"))
+        assert [row["run"] for row in table(capsys.readouterr().out)] == shown
+        refuse_listing(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("closing, argv, status", [
