@@ -1920,6 +1920,15 @@ def bn_batches_of(run):
     return seen
 
 
+def shown_in_validation(run):
+    """The pictures that a validation hands to the network."""
+    shown = []
+    hook = run.model.register_forward_pre_hook(lambda _, x: shown.extend(x))
+    train.validate(run)
+    hook.remove()
+    return torch.cat(shown)
+
+
 def train_on(run, epochs=2):
     for epoch in range(epochs):
         for batch in batches_of(run, epoch):
@@ -2080,9 +2089,9 @@ def test_scores_are_those_of_all_validation_pictures_before_and_after_reestimati
     row = run.rows[0]
     assert (row["oscillating"], row["frozen"]) == (25, 50)
     assert_same(run.average_bn(), own)
-    x, y = zip(*[run.val_set[i] for i in range(17)])
+    x, labels = shown_in_validation(run), torch.tensor([label for _, label in run.val_set.samples])
     for moment in ("pre", "post"):
-        logits, labels = run.model.eval()(torch.stack(x)), torch.tensor(y)
+        logits = run.model.eval()(x)
         top1 = 100 * (logits.argmax(1) == labels).float().mean().item()
         assert row[f"{moment}_bn_top1"] == pytest.approx(top1)
         assert row[f"{moment}_bn_loss"] == pytest.approx(
@@ -2550,6 +2559,7 @@ def test_processes_train_on_parts_of_the_same_batches_and_re_estimate_bn_on_all_
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "5")
     monkeypatch.setattr(train, "world_size", lambda: 5)
+    monkeypatch.setattr(train, "of_first_process", lambda read, *args: read(*args))
     shares, for_bn = [], []
     for rank in range(5):
         monkeypatch.setattr(train, "rank", lambda: rank)
@@ -2659,7 +2669,7 @@ def test_weights_of_torchvision_bring_their_own_mean_std_size_and_interpolation(
 def test_training_pictures_are_flipped_as_often_as_asked_for_and_others_never(
         data, tmp_path, monkeypatch):
     """All are brighter to the right. Half of the time, if nothing else is asked for."""
-    x, shown = torch.arange(20.0).expand(20, 20), []
+    x = torch.arange(20.0).expand(20, 20)
     monkeypatch.setattr(train, "generate_patterns", lambda part, number: (
         x.expand(100, 3, 20, 20), torch.zeros(100).long()))
     for part, name, k in itertools.product(("train", "val"), "ab", range(50)):
@@ -2667,10 +2677,8 @@ def test_training_pictures_are_flipped_as_often_as_asked_for_and_others_never(
         Image.fromarray((10 * x).byte().numpy()).save(tmp_path / part / name / f"{k}.png")
     run, never, always = (start(tmp_path if data else None, *more)
                           for more in ((), ("--hflip 0",), ("--hflip 1",)))
-    run.model.register_forward_pre_hook(lambda _, x: shown.append(x))
-    train.validate(run)
     for batches, low, high in ((batches_of(run), 25, 75), (batches_of(never), 0, 0),
-                               (batches_of(always), 96, 96), (shown, 0, 0)):
+                               (batches_of(always), 96, 96), ([[shown_in_validation(run)]], 0, 0)):
         images = torch.cat([batch[0] for batch in batches])
         assert len(images) >= 96 and low <= (
             images[..., 19] < images[..., 0]).all((1, 2)).sum().item() <= high
@@ -2885,7 +2893,7 @@ def test_a_number_out_of_range_is_refused_by_name(flag, value, capsys):
     ("--evaluate missing.pt", "--evaluate missing.pt"),
     ("--data missing", "expected train/CLASS"), ("--data empty", "expected train/CLASS"),
     ("--data hollow", "expected train/CLASS"), ("--data single", "2 or more classes"),
-    ("--data unequal", "val has 2, not in the run: ['c']"),
+    ("--data unequal", "val has 2; not in both, or not in the run: ['c']"),
     ("--data file", "expected train/CLASS"),
     ("--data outer", "expected train/CLASS"), ("--output file --weights w.pt", "--output file"),
     ("--output file/below --weights w.pt", "--output file/below"),
