@@ -4222,7 +4222,9 @@ def test_where_a_picture_goes_is_tried_before_the_work(
     for module, work in ((train, "stored_run"), (tables, "read_csv")):
         monkeypatch.setattr(module, work, lambda *_, **options: pytest.fail("work was begun"))
     line = refusal([*argv, "--plot", path], capsys, main)
-    assert f"--plot {path}: " in line and words in line and os.listdir() == ["folder.png"]
+    assert f"--plot {path}: " in line and words in line
+    common.check_picture("fine.png")
+    assert os.listdir() == ["folder.png"]  # and nothing is left of the trial
 
 
 def draw_anywhere(path, **environment):
