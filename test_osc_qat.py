@@ -4221,7 +4221,9 @@ def test_where_a_picture_goes_is_tried_before_the_work(
     for module, work in ((train, "stored_run"), (tables, "read_csv")):
         monkeypatch.setattr(module, work, lambda *_, **options: pytest.fail("work was begun"))
     line = refusal([*argv, "--plot", path], capsys, main)
-    assert f"--plot {path}: " in line and words in line and os.listdir() == ["folder.png"]
+    assert f"--plot {path}: " in line and words in line
+    common.check_picture("fine.png")
+    assert os.listdir() == ["folder.png"]  # and nothing is left of the trial
 
 
 def draw_anywhere(path, **environment):
@@ -4285,6 +4287,15 @@ def test_t_quantiles_leave_a_fortieth_of_the_density_above():
     (0.95, 20, 12, 2.544), (0.95, 24, 24, 1.984), (0.99, 3, 60, 4.126), (0.95, 120, 120, 1.352)])
 def test_f_quantiles_are_those_of_printed_tables(share, above, below, printed):
     assert tables.f_quantile(share, above, below) == pytest.approx(printed, abs=6e-4)
+
+
+@pytest.mark.parametrize("x", [1e-6, 0.01, 0.3, 0.7, 0.99, 0.9999, 1 - 1e-6])
+def test_the_incomplete_beta_function_is_its_closed_forms(x):
+    """I_x(a, 1) = x^a, I_x(1, b) = 1 - (1 - x)^b, I_x(1/2, 1/2) = (2 / pi) arcsin sqrt(x)."""
+    for a in (0.5, 1, 7.5, 30):
+        assert tables.beta_share(x, a, 1) == pytest.approx(x**a, rel=1e-9)
+        assert tables.beta_share(x, 1, a) == pytest.approx(1 - (1 - x)**a, rel=1e-9)
+    assert tables.beta_share(x, 0.5, 0.5) == pytest.approx(2 / math.pi * math.asin(math.sqrt(x)))
 
 
 def runs_of(group, gaps, top1=90.0, first=1, **columns):
@@ -4459,6 +4470,7 @@ def test_the_picture_of_the_claims_shows_each_interval_in_standard_errors(tmp_pa
     assert labels[4] == "Freezing closes the gap   W3" and axes.get_ylim()[0] > len(labels) - 1
     texts = {text.get_position()[1]: text.get_text() for text in axes.texts}
     assert [texts[y] for y in (0, 4, 7, 10)] == ["open", "open", "opposite", "open"]
+    assert texts[4.2] == "71 →" and not {-0.2, 3.8, 6.8} & texts.keys()  # beyond the edge
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
