@@ -1628,7 +1628,7 @@ def test_toy_target_on_a_grid_point_stays():
 
 TOY_BAD = ("--target 0.701", "--target 0.8", "--target -0.9", "--target nan", "--lr 0", "--lr -0.1",
            "--lr nan", "--lr fast", "--lr", "--estimator none", "--steps 0", "--steps 1.5",
-           "--dampening -1", "--freeze-threshold 1", "--cure-after -1", "--colour",
+           "--lambda -1", "--threshold 1", "--cure-after -1", "--colour", "--json /dev/full",
            "--json /no/such/folder/toy.json", "--plot toy.png", "--plot toy.gif")
 
 
@@ -1641,8 +1641,33 @@ def test_toy_bad_values_get_one_line_and_status_2(line, capsys, monkeypatch):
         toy_oscillation.main(line.split())
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and not out and err.count("\n") == 1
-    name = "/no/such/folder" if "json" in line else line.split()[0].strip("-")
-    assert name in err.replace("_", "-")
+    name = {"--json /dev/full": "space", TOY_BAD[-3]: "/no/such/folder"}.get(line, line.split()[0])
+    assert name.strip("-") in err
+
+
+def test_toy_help_shows_one_name_for_one_thing(capsys):
+    """--lambda and --threshold, as train.py calls them; the previous version's names still work."""
+    with pytest.raises(SystemExit):
+        toy_oscillation.main(["--help"])
+    out = capsys.readouterr().out
+    assert "--lambda" in out and "--threshold" in out and "examples:" in out
+    assert "dampening DAMP" not in out and "freeze-threshold" not in out and "None" not in out
+    for line in ("--lambda 1 --threshold 0.5", "--dampening 1 --freeze-threshold 0.5"):
+        toy, _ = toy_oscillation.parse(line.split())
+        assert (toy.dampening, toy.freeze_threshold) == (1, 0.5)
+
+
+def test_toy_halfway_target_with_freezing_has_no_nearer_point(capsys):
+    toy = toy_oscillation.Toy(0.15, lr=0.1, freeze_threshold=0.02, cure_after=0)
+    assert math.isnan(toy_oscillation.predict(toy, 0.1)["mean q(w)"])
+    toy_oscillation.main("--target 0.15 --threshold 0.02 --steps 600".split())
+    assert re.search(r"0\.[12] +\(either\)", capsys.readouterr().out)
+
+
+def test_toy_predicts_for_an_estimator_that_passes_nothing_at_the_threshold(monkeypatch):
+    monkeypatch.setitem(ESTIMATORS, "dead", lambda g, u: g * 0)
+    toy = toy_oscillation.Toy(0.127, estimator="dead", dampening=1.0)
+    assert toy_oscillation.predict(toy, 0.2)["mean q(w)"] == pytest.approx(0.2)
 
 
 def test_toy_prints_both_phases_and_a_table_that_holds(capsys, tmp_path):
@@ -1811,6 +1836,18 @@ def test_toy_runs_with_closed_streams_and_without_docstrings(line, status, tmp_p
     done = subprocess.run(["sh", "-c", command, sys.executable], cwd=ROOT, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (status, b"", b"")
     assert str(file) not in command or "mean q(w)" in file.read_text()
+
+
+def test_toy_pictures_need_none_of_matplotlibs_surroundings(tmp_path):
+    """A notebook's backend, an unknown one, TeX where there is none."""
+    pytest.importorskip("matplotlib", reason="matplotlib is optional")
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    command = [sys.executable, ROOT / "toy_oscillation.py", "--steps=1", "--plot=toy.png"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "MPLBACKEND": "Foo"},
+                          capture_output=True)
+    assert done.returncode == 0 and not done.stderr
+    with Image.open(tmp_path / "toy.png") as picture:
+        assert len(picture.convert("RGB").getcolors(2**20)) > 100  # lines are drawn, not all white
 
 
 def test_toy_ends_without_a_word_when_nobody_reads_on():
