@@ -2830,7 +2830,7 @@ def test_no_epochs_only_score(method, few_patterns, tmp_path, monkeypatch):
     """And train nothing, the float network included. What a kill left half-written goes."""
     monkeypatch.setattr(train, "train_step", None)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/last.pt.part").write_text("half")
+    (tmp_path / "out/.last.pt.unfinished").write_text("half")
     assert train.main(split("--epochs 0 --bn-batches 2 --method", method, "--output",
                             tmp_path / "out")) == 0
     summary, rows = read(tmp_path / "out")
