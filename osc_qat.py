@@ -39,6 +39,7 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 # --- Section 2.1: the quantizer, and the gradients that pass through it ---------------------------
 
@@ -46,7 +47,7 @@ MIN_SCALE = torch.finfo(torch.float32).eps  # a scale's floor, too small to be a
 
 
 def quantize_to_int(x: Tensor, scale: Tensor, int_min: int, int_max: int,
-                    frozen: Tensor | None = None, frozen_int: Tensor | None = None) -> Tensor:
+                    frozen: tuple = ()) -> Tensor:
     """Integers clip(round(x / s), n, p) of Eq. 1, in x's shape; half rounds to even.
 
     Arguments as for fake_quantize, but scale is in float32 or wider. Forward pass, tracker and
@@ -54,11 +55,12 @@ def quantize_to_int(x: Tensor, scale: Tensor, int_min: int, int_max: int,
     the same thing (x * (1/s), as in torch's fused kernels) rounds the other way.
     """
     x = at_least_float32(x)
+    if frozen:  # by Algorithm 1: a stored quotient takes the place of w / s
+        mask, numerator, denominator = frozen
+        x, scale = torch.where(mask, numerator, x), torch.where(mask, denominator, scale)
     u = x / scale
     if x.is_cuda and torch.compiler.is_compiling():  # whose float32 division errs in the last bit
         u = (x.double() / scale.double()).to(x.dtype)
-    if frozen is not None:  # by Algorithm 1: an integer already
-        u = torch.where(frozen, frozen_int, u)
     return u.round_().clamp_(int_min, int_max)
 
 
@@ -101,7 +103,7 @@ class FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, int_min, int_max, estimator, *frozen):
         # w_hat = s clip(round(w / s), n, p)                                                 Eq. 1
-        x_hat = quantize_to_int(x, scale, int_min, int_max, *frozen).mul_(scale).to(x.dtype)
+        x_hat = quantize_to_int(x, scale, int_min, int_max, frozen).mul_(scale).to(x.dtype)
         if torch.compiler.is_compiling():  # torch 2.11 hands out each step in place, all one tensor
             x_hat = x_hat.clone()  # with x_hat, and the last of them would get the gradient
         ctx.save_for_backward(x, x_hat, scale, *frozen)
@@ -109,28 +111,31 @@ class FakeQuantize(torch.autograd.Function):
         return x_hat
 
     @staticmethod
+    @once_differentiable  # there is no gradient of these gradients
     def backward(ctx, g):
         x, x_hat, scale, *frozen = ctx.saved_tensors
         int_min, int_max, estimator = ctx.grid
         if x.dtype != scale.dtype:  # half precision has rounded x_hat by as much as x_hat - x
             x, g = at_least_float32(x), at_least_float32(g)
-            x_hat = quantize_to_int(x, scale, int_min, int_max, *frozen).mul_(scale)
-        # dL/dw = dL/dw_hat 1[n <= w/s <= p]                                                 Eq. 2
-        # The mask is 1 where clip(w, s n, s p) = w. In place: a new tensor is slow on a CPU.
+            x_hat = quantize_to_int(x, scale, int_min, int_max, frozen).mul_(scale)
+        # 1[n <= w/s <= p] is 1.0 where clip(w, s n, s p) = w
         # Deviation: the released code clips after rounding, so that its mask is half a bin wider on
         # each side, for both gradients: at w/s = 3.3, p = 3 its dw_hat/ds is -0.3, ours is 3.
-        inside = x.clamp(scale * int_min, scale * int_max).eq_(x)
+        clipped = x.clamp(scale * int_min, scale * int_max)
+        inside = torch.eq(clipped, x, out=torch.empty_like(x))
         if frozen:  # a constant for w, and for the scale as if it were clipped there
             inside.masked_fill_(frozen[0], 0)
+        # Below, results overwrite what is not read again: on a CPU a new tensor costs more time.
         # dw_hat/ds = round(w/s) - w/s inside the grid, n or p where clipped                   LSQ
         # That is (w_hat - w) / s inside, w_hat / s where clipped: nothing is rounded again.
         # Deviation: without LSQ's optional factor 1/sqrt(numel * p), as in the released code.
-        error = torch.addcmul(x_hat, inside, x, value=-1)
+        error = torch.addcmul(x_hat, inside, clipped, value=-1, out=clipped)
         g_scale = error.mul_(g).sum_to_size(scale.shape) / scale
-        g_inside = inside.mul_(g)
+        # dL/dw = dL/dw_hat 1[n <= w/s <= p]                                                 Eq. 2
+        g_x = inside.mul_(g)
         if estimator != "ste":
-            g_inside = ESTIMATORS[estimator](g_inside, x / scale)
-        return g_inside, g_scale, *[None] * (3 + len(frozen))
+            g_x = ESTIMATORS[estimator](g_x, x / scale)
+        return g_x, g_scale, *[None] * (3 + len(frozen))
 
 
 def fake_quantize(x: Tensor, scale: Tensor, int_min: int, int_max: int,
@@ -142,7 +147,7 @@ def fake_quantize(x: Tensor, scale: Tensor, int_min: int, int_max: int,
         scale: step size s > 0; one element, or broadcastable to x (one per output channel).
         int_min, int_max: integer limits n < p of the grid.
         estimator: name in ESTIMATORS (or ValueError); it shapes the gradient to x only.
-        frozen: mask (bool, x's shape) of frozen weights and their integers; empty = none is frozen.
+        frozen: QuantLayer.frozen_state, or () where nothing can be frozen.
     Returns:
         Tensor of x's shape and dtype with values on the grid s * {n, ..., p}.
     """
@@ -197,7 +202,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def to_int(self, x: Tensor, frozen: tuple = ()) -> Tensor:
         """Integers of x (Eq. 1), of x's shape, in float32 or wider, without gradient."""
-        return quantize_to_int(x, self.usable_scale(x.dim()), self.int_min, self.int_max, *frozen)
+        return quantize_to_int(x, self.usable_scale(x.dim()), self.int_min, self.int_max, frozen)
 
     def forward(self, x: Tensor, frozen: tuple = ()) -> Tensor:
         """x on the grid (Eq. 1), in x's shape and dtype, with gradients to x and to the scale."""
@@ -242,7 +247,7 @@ class Quantizer(nn.Module):
 # --- Section 4 (5 on arXiv), set-up: quantized layers and networks --------------------------------
 
 class QuantLayer:
-    """What QuantConv2d and QuantLinear share: two quantizers, and the weights Algorithm 1 froze.
+    """What all quantized layers share: two quantizers, and the weights that Algorithm 1 froze.
 
     frozen and frozen_int (real, W) are buffers of the layer and not of the tracker: evaluation,
     export and a reloaded checkpoint must see frozen integers without it. They hold (1, w_int) where
@@ -250,19 +255,26 @@ class QuantLayer:
     share * w_int), whose quotient is still the integer.
     """
 
-    def adopt(self, layer: nn.Module, weight_quantizer: Quantizer,
-              input_quantizer: Quantizer | None) -> None:
-        """Takes over a float layer's parameters (the same objects) and sets the weight's scale."""
+    def __init__(self, layer: nn.Module, weight_quantizer: Quantizer,
+                 input_quantizer: Quantizer | None = None):
+        if getattr(layer, "padding_mode", "zeros") != "zeros":
+            raise ValueError(f"padding_mode {layer.padding_mode!r} is not supported, only 'zeros'")
+        nn.Module.__init__(self)  # the float class's would make a second weight
+        # The float layer's sizes and mode, and its parameters: the same objects.
+        vars(self).update({name: it for name, it in vars(layer).items() if name[0] != "_"})
         self.weight, self.bias = layer.weight, layer.bias
         self.weight_quantizer, self.input_quantizer = weight_quantizer, input_quantizer
         self.register_buffer("frozen", torch.zeros_like(layer.weight, requires_grad=False))
         self.register_buffer("frozen_int", torch.zeros_like(self.frozen))
-        weight_quantizer.to(layer.weight.device).initialize(layer.weight)
-        self.train(layer.training)
+        self.to(layer.weight.device)  # the quantizers
+        weight_quantizer.initialize(layer.weight)
 
-    def frozen_state(self) -> tuple[Tensor, Tensor]:
-        """Mask of the frozen weights (W, bool) and their integers (W, NaN where not frozen)."""
-        return self.frozen > 0, self.frozen_int / self.frozen
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(self.input_hat(x), self.weight_hat())
+
+    def frozen_state(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mask of the frozen weights (W, bool); there, the integer is the quotient of the others."""
+        return self.frozen > 0, self.frozen_int, self.frozen
 
     def weight_int(self) -> Tensor:
         """Current integers, W: the frozen ones where frozen, else those of the latent weight."""
@@ -294,31 +306,15 @@ class QuantLayer:
 class QuantConv2d(QuantLayer, nn.Conv2d):
     """A Conv2d's parameters, the weight quantized, and its input."""
 
-    def __init__(self, conv: nn.Conv2d, weight_quantizer: Quantizer,
-                 input_quantizer: Quantizer | None = None):
-        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
-                         conv.padding, conv.dilation, conv.groups, conv.bias is not None,
-                         device="meta")
-        if conv.padding_mode != "zeros":
-            raise ValueError(f"padding_mode {conv.padding_mode!r} is not supported, only 'zeros'")
-        self.adopt(conv, weight_quantizer, input_quantizer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(self.input_hat(x), self.weight_hat(), self.bias, self.stride,
-                        self.padding, self.dilation, self.groups)
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class QuantLinear(QuantLayer, nn.Linear):
     """A Linear's parameters, the weight quantized, and its input."""
 
-    def __init__(self, linear: nn.Linear, weight_quantizer: Quantizer,
-                 input_quantizer: Quantizer | None = None):
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None,
-                         device="meta")
-        self.adopt(linear, weight_quantizer, input_quantizer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.input_hat(x), self.weight_hat(), self.bias)
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
 
 
 def quant_layers(model: nn.Module, max_bits: int = 8) -> dict[str, QuantLayer]:
@@ -331,7 +327,7 @@ def quant_layers(model: nn.Module, max_bits: int = 8) -> dict[str, QuantLayer]:
 WEIGHTED = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d,
             nn.ConvTranspose2d, nn.ConvTranspose3d, nn.RNNBase, nn.RNNCellBase,
             nn.MultiheadAttention)
-SWAPS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
+SWAPS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}  # another kind: a `multiply` and a line
 
 
 def quantize_model(model: nn.Module, weight_bits: int, act_bits: int | None = None,
@@ -371,7 +367,7 @@ def quantize_model(model: nn.Module, weight_bits: int, act_bits: int | None = No
         input_quantizer = None
         if act_bits is not None and layer is not first:
             bits = first_last_bits if layer is last else act_bits
-            input_quantizer = Quantizer(bits).to(layer.weight.device)
+            input_quantizer = Quantizer(bits)
         swapped[layer] = SWAPS[type(layer)](layer, weight_quantizer, input_quantizer)
     for layer, quantized in swapped.items():
         for name in names[layer]:
@@ -577,10 +573,14 @@ class OscillationTracker:
         self.ema_int = self.w_int.clone()
         self.last_change = torch.zeros_like(self.w_int)  # the integer's previous change; 0 = none
         self.f = torch.zeros_like(self.w_int)
+        self.any_frozen: bool | None = None  # None: not known yet, as after loading a checkpoint
 
     @torch.no_grad()
     def step(self, freeze_threshold: float | None = None) -> None:
-        """Algorithm 1 after its optimizer step. freeze_threshold: f_th, 0..1; None freezes none."""
+        """Algorithm 1 after its optimizer step. freeze_threshold: f_th, 0..1; None freezes no more.
+
+        What has been frozen stays so, whatever f_th is: its latent weight goes back to its centre.
+        """
         m = self.momentum
         w_int = self._gather(layer.weight_int() for layer in self.layers.values())
         # o_t = 1 where w_int changed, in the direction opposite to its previous change     Eq. 4
@@ -590,8 +590,13 @@ class OscillationTracker:
         # f_t = m o_t + (1 - m) f_{t-1}
         self.f.lerp_(oscillates, m)
         torch.where(change != 0, change, self.last_change, out=self.last_change)
-        if freeze_threshold is not None and self.layers:
-            w_int = self._freeze(self.f > freeze_threshold, w_int)
+        if freeze_threshold is not None:
+            self.any_frozen = True
+        elif self.any_frozen is None:  # asked once, since a GPU must finish its work to answer
+            self.any_frozen = self.frozen_share() > 0
+        if self.any_frozen and self.layers:
+            above = self.f > (math.inf if freeze_threshold is None else freeze_threshold)
+            w_int = self._freeze(above, w_int)
         # EMA_t(w_int) = m w_int + (1 - m) EMA_{t-1}(w_int)
         # Deviation: from the first iteration on; the released code starts it when freezing starts.
         # Deviation: of the integers, not of w^{t-1} as Algorithm 1 prints: a mean of latent weights
@@ -690,6 +695,7 @@ class OscillationTracker:
                              + "; ".join(wrong[:3]))
         for part in ("w_int", "ema_int", "last_change", "f"):
             getattr(self, part).copy_(self._gather(state[f"{name}.{part}"] for name in self.layers))
+        self.any_frozen = None
 
 
 # --- Section 3 (4 on arXiv), Eq. 5: dampening, and the schedules of both cures --------------------

@@ -3,8 +3,8 @@
     python -m tools.controls --method random --bits 3 --act-bits 32       all flags of train.py
     python -m tools.controls --model mobilenet_v2_short_dense --method lsq --bits 3
 
-Random freezing: each time a weight passes f_th, another one, picked at random, freezes in its
-place, at its own round(EMA). So about as many weights freeze, and about as early.
+Random freezing: each time a weight passes f_th, another one, picked at random, freezes at its own
+round(EMA). So about as many weights freeze, about as early, but not those that oscillate.
 """
 
 import argparse
@@ -19,16 +19,16 @@ from osc_qat import OscillationTracker
 
 
 class RandomFreezing(OscillationTracker):
-    """A tracker that freezes as many weights as pass f_th, but not those.
+    """A tracker that freezes as many weights as pass f_th for the first time, but others.
 
-    seed: of the choice of weights. Choice number k depends on the seed and k alone, and the state
-    keeps k and which weights have passed: a resumed run picks the same weights.
+    seed: for the choice of weights. Choice number k depends on the seed and k alone. The state
+    keeps k and which weights have passed, so a resumed run picks the same weights.
     """
 
     def __init__(self, model: nn.Module, momentum: float = 0.001, seed: int = 0):
         super().__init__(model, momentum)
         self.seed, self.choices = seed, torch.zeros(1, dtype=torch.int64)
-        self.passed = torch.zeros_like(self.f)  # 1 where f has passed f_th once
+        self.passed = torch.zeros_like(self.f)  # 1 if f has passed f_th before
 
     def _freeze(self, above: Tensor, w_int: Tensor) -> Tensor:
         new = above & (self.passed == 0)
@@ -74,7 +74,7 @@ def add_controls() -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """train.py's arguments; the seed becomes the one of random freezing, too."""
+    """The arguments of train.py; random freezing takes its seed from --seed."""
     add_controls()
     args = train.parse(argv)
     train.METHODS["random"]["tracker"] = partial(RandomFreezing, seed=args.seed)
@@ -83,7 +83,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 after one line on standard error."""
-    return train.exit_status("tools.controls", parse, train.work, argv)
+    return train.exit_status("python -m tools.controls", parse, train.work, argv)
 
 
 if __name__ == "__main__":

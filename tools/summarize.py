@@ -9,20 +9,21 @@ import math
 from statistics import fmean
 
 import train
+from tools.common import tool_parser
 from train import TABLE_COLUMNS, WHERE_AND_HOW
 
 
 def mean_std(values: list[float], digits: int = 2) -> str:
-    """The mean and, of several values, their standard deviation; values may be NaN."""
+    """The mean; of several values also their standard deviation. Values may be NaN."""
     mean = fmean(values)
-    squares = sum((value - mean) ** 2 for value in values)
+    squares = sum((value - mean) ** 2 for value in values)  # statistics.stdev fails at NaN
     deviation = f" ± {math.sqrt(squares / (len(values) - 1)):.{digits}f}" if values[1:] else ""
     return f"{mean:.{digits}f}{deviation}"
 
 
 def setting(summary: dict) -> dict[str, str]:
-    """The arguments of a run that do not name its seed, nor where and how it ran."""
-    seed = f"seed{summary['seed']}"  # weights of the same name but for the seed are alike
+    """The arguments that make a setting: all but the seed, and where and how the run was made."""
+    seed = f"seed{summary['seed']}"  # two paths of weights may differ in the seed
     return {key: str(value).replace(seed, "seed*") for key, value in summary["arguments"].items()
             if key not in WHERE_AND_HOW | {"seed"}}
 
@@ -44,15 +45,16 @@ def summarize(args: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the command line."""
-    p = train.one_line_parser("Table of finished runs, means over seeds.")
+    p = tool_parser("summarize", "Prints a table of finished runs: a row per setting, with mean "
+                    "and\nstandard deviation over its seeds.", "runs/*-lsq-* runs/*-freeze-*")
     p.add_argument("folders", type=train.a_path, metavar="DIR", nargs="+",
-                   help="--output of finished runs")
+                   help="folder of a finished run, that is, the --output of train.py")
     return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 after one line on standard error."""
-    return train.exit_status("tools.summarize", parse, summarize, argv)
+    return train.exit_status("python -m tools.summarize", parse, summarize, argv)
 
 
 if __name__ == "__main__":
