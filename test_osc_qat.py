@@ -4955,6 +4955,292 @@ def test_the_runs_of_a_group_differ_in_their_seeds_only_and_no_seed_was_added():
     assert all(len(each) == 1 for each in settings.values())
 
 
+# --- train.py: what users run into, third round ---------------------------------------------------
+
+def be_machine(root, pictures_too, command, errors, stroke, environment):
+    """A process of train.py on a machine of its own: its working folder is root/RANK."""
+    os.chdir(root / environment["RANK"])
+    if not pictures_too:
+        real = train.generate_patterns
+        train.generate_patterns = lambda part, number: real(part, {"train": 512, "val": 120}[part])
+    be_command(command, errors, stroke, environment)
+
+
+def test_machines_need_no_shared_folder(pair, fork, pictures, fp32, tmp_path):
+    """Only the first has weights and checkpoints. Killed in epoch 2, the run ends as if not."""
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    shutil.copy(fp32 / "last.pt", tmp_path / "0")
+    command, machine = shared_run(pictures, Path(), "out"), partial(be_machine, tmp_path, True)
+    stroke = "train_step", 4, partial(send, signal.SIGKILL)
+    codes, _ = two_ranks(fork, command, tmp_path / "errors", stroke, stroke, be=machine)
+    assert codes == [-9, -9]
+    for _ in ("resumed", "finished already"):
+        ends = two_ranks(fork, command, tmp_path / "errors", None, None, be=machine)
+        assert ends == ([0, 0], ["", ""])
+        assert_same_end(tmp_path / "0/out", pair[0])
+    assert os.listdir(tmp_path / "1") == []
+
+
+def test_pictures_that_differ_between_machines_are_refused_before_training(fork, tmp_path):
+    for rank, classes in (("0", "ab"), ("1", "ac")):
+        make_pictures(tmp_path / rank / "data", *classes)
+    command = [*TINY, "--data", "data", "--output", "out"]
+    codes, errors = two_ranks(fork, command, tmp_path / "errors", None, None,
+                              be=partial(be_machine, tmp_path, True))
+    assert codes == [2, 2] and "--data data: its pictures or class names differ" in errors[1]
+    assert "another process of this run ended" in errors[0] and not os.listdir(tmp_path / "0/out")
+
+
+def test_a_job_waits_for_the_float_network_that_another_job_trains(fork, tmp_path):
+    """As a whole, and then goes on from it; its second process needs no file of it."""
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    command = split("--method lsq --steps 1 --bn-batches 2 --batch-size 8 --workers 0 --output")
+    job = partial(two_ranks, fork, be=partial(be_machine, tmp_path, False))
+    assert job([*command, "one"], tmp_path / "errors", None, None) == ([0, 0], ["", ""])
+    folder, = (tmp_path / "0").glob("*fp32*")
+    trained = (folder / "last.pt").read_bytes()
+    folder.rename(tmp_path / "kept")
+    ends = []
+    second = threading.Thread(target=lambda: ends.append(
+        job([*command, "two"], tmp_path / "errors of second", None, None)))
+    with train.claimed(str(folder)):
+        second.start()
+        while not (tmp_path / "errors of second1").exists():
+            time.sleep(0.05)
+        time.sleep(0.5)  # seconds
+        assert not os.listdir(folder)
+        for file in ("last.pt", "summary.json"):
+            shutil.copy(tmp_path / "kept" / file, folder)
+    second.join()
+    assert ends == [([0, 0], ["", ""])] and (folder / "last.pt").read_bytes() == trained
+    first, last = (read(tmp_path / "0" / name)[0]["post_bn_loss"] for name in ("one", "two"))
+    assert first == last and os.listdir(tmp_path / "1") == []
+
+
+def test_a_pipe_gets_the_line_of_an_epoch_at_once(ab):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    job = subprocess.Popen([sys.executable, ROOT / "train.py", *TINY, "--data", "ab", "--output",
+                            "run", "--epochs", "999"], stdout=subprocess.PIPE, env=environment)
+    while not (line := job.stdout.readline()).startswith(b"epoch"):
+        assert line
+    job.kill()
+    job.communicate()
+    log = Path("run/log.csv").read_bytes()
+    assert line.startswith(b"epoch 1 ") and log.count(b"\n") < 20 and b"\r" not in log
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """Titles and options of all bars. What would appear after a minute appears at once."""
+    seen = {}
+
+    class Quick(train.tqdm):
+        def __init__(self, items, title, *args, **options):
+            seen[title] = options
+            quick = dict(delay=1e-9, mininterval=0) if "delay" in options else {}
+            super().__init__(items, title, *args, **options | quick)
+
+    monkeypatch.setattr(train, "tqdm", Quick)
+    return seen
+
+
+LONG = ["listing train", "listing val", "scoring", "batches to calibrate", "epoch 1/2",
+        "batches to bn", "epoch 2/2"]
+
+
+def test_in_a_file_long_work_prints_a_line_per_minute(pictures, fp32, tmp_path, bars, capsys):
+    assert train.main(qat(pictures, fp32, tmp_path, "--method lsq")) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert list(bars) == LONG
+    for title, options in bars.items():
+        assert options["delay"] == options["mininterval"] == 60 and not options["leave"]
+        assert any(line.strip().startswith(f"{title}: ") for line in lines), title
+    assert any(re.search(r"epoch 2/2: .* 6/6 .*loss 0\.\d\d\d", line) for line in lines)
+
+
+@pytest.mark.parametrize("notebook", [False, True])
+def test_a_terminal_and_a_notebook_show_a_bar(notebook, pictures, fp32, tmp_path, bars, monkeypatch):
+    terminal = io.StringIO()
+    if notebook:
+        monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    else:
+        monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert train.main(qat(pictures, fp32, tmp_path, "--method lsq")) == 0
+    shown = terminal.getvalue()
+    assert list(bars) == LONG and all(f"{title}: " in shown for title in LONG) and "\n" not in shown
+    assert all("delay" not in options for options in bars.values())
+    assert not shown.rpartition("\r")[2].strip()  # gone when it is done
+
+
+@pytest.mark.parametrize("size", [(65_000, 1), (1, 12_000), (81, 10), (40, 10)])
+def test_a_strip_is_cut_before_it_is_resized(size, monkeypatch):
+    """To the same centre crop; what is resized has at most 8 times the crop's pixels."""
+    pixels = torch.randint(256, (*size[::-1], 3), dtype=torch.uint8)
+    strip, largest = Image.fromarray(pixels.numpy()), []
+
+    def resize(image, size, *args, real=transforms.functional.resize, **options):
+        largest.append(real(image, size, *args, **options))
+        return largest[-1]
+
+    monkeypatch.setattr(transforms.functional, "resize", resize)
+    args = train.parse(split("--data x --image-size 32"))
+    output = train.picture_transform("val", args, train.RELEASED)(strip)
+    rows, columns = ([(n - 8 * min(size)) // 2, (n + 8 * min(size)) // 2] if n > 8 * min(size)
+                     else [0, n] for n in strip.size[::-1])
+    cut = Image.fromarray(pixels[slice(*rows), slice(*columns)].numpy())
+    scale = 35 / min(size)
+    whole = cut.resize([int(n * scale) for n in cut.size], Image.BILINEAR)
+    left, top = (round((n - 32) / 2) for n in whole.size)
+    crop = transforms.ToTensor()(whole.crop((left, top, left + 32, top + 32)))
+    assert largest[0].size[0] * largest[0].size[1] <= 8 * 35 * 35
+    mean, std = (torch.tensor(train.RELEASED[key])[:, None, None] for key in ("mean", "std"))
+    assert_close(output, (crop - mean) / std)
+
+
+def test_strips_are_trained_on_and_a_lack_of_memory_is_one_line(ab, capsys, monkeypatch):
+    for part in ("train", "val"):
+        Image.new("RGB", (65_000, 1)).save(ab / part / "a/0.png")
+        Image.new("RGB", (1, 12_000)).save(ab / part / "b/0.png")
+    assert tiny(capsys, "--data", "ab", "--output", "run") == (0, [])
+    assert read(Path("run"))[1][0]["unreadable"] == 0
+    monkeypatch.setattr(train, "train", partial(fail, MemoryError()))
+    assert "--batch-size" in refusal(["--method", "fp32"], capsys)
+
+
+def test_hflip_is_the_share_of_flipped_training_pictures(pictures):
+    """0.5 without the flag, as in runs of older versions."""
+    never, half, always = (torch.cat([batch for batch, _ in batches_of(start(pictures, flags))])
+                           for flags in ("--hflip 0", "", "--hflip 1"))
+    assert_same(always, never.flip(3))
+    flipped = [torch.equal(image, other) for image, other in zip(half, always)]
+    assert 0.3 < sum(flipped) / len(flipped) < 0.7
+    assert all(torch.equal(image, other) for image, other, flip in zip(half, never, flipped)
+               if not flip)
+
+
+def test_a_run_of_an_older_version_is_resumed_and_scored(pictures, fp32, tmp_path, capsys):
+    command = qat(pictures, fp32, tmp_path, "--method lsq --steps 1")
+    assert train.main(command) == 0
+    content = torch.load(tmp_path / "last.pt", weights_only=True)
+    del content["arguments"]["hflip"]
+    for new, old in (("preprocessing", "inputs"), ("dataset_info", "facts")):
+        content[old] = content.pop(new)
+    torch.save(content, tmp_path / "last.pt")
+    assert train.main([*command, "--resume"]) == 0
+    assert "--hflip 0.5 there, 0.0 here" in refusal([*command, "--resume", "--hflip", "0"], capsys)
+    assert train.main(split("--workers 0 --evaluate", tmp_path / "last.pt")) == 0
+    assert json.loads(capsys.readouterr().out).items() <= read(tmp_path)[0].items()
+
+
+@pytest.mark.parametrize("proxy, cause", [
+    ("silent", "timed out"), ("refusing", "refused"), ("none", "File exists|Not a directory")])
+def test_a_download_that_fails_says_why_and_what_to_check(proxy, cause, tmp_path, monkeypatch):
+    """And gives up on a proxy that accepts and is silent; "none": TORCH_HOME is not a folder."""
+    seconds = []
+
+    def set_timeout(asked, real=socket.setdefaulttimeout):
+        seconds.append(asked)
+        real(0.3)
+
+    monkeypatch.setattr(socket, "setdefaulttimeout", set_timeout)
+    monkeypatch.setattr("urllib.request._opener", None)  # it keeps the first proxy that it met
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    if proxy == "none":
+        (tmp_path / "home").write_text("")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        if proxy == "refusing":
+            server.close()
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
+        with pytest.raises(train.UserError, match=f"cannot download .*TORCH_HOME.*({cause})"):
+            train.build_model("resnet18", weights="DEFAULT")
+    assert seconds == [30]
+
+
+@pytest.mark.parametrize("number", ["x", "0", "-1", "2.0"])
+def test_a_world_size_that_is_no_number_of_processes_is_one_line(number, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", number)
+    assert f"WORLD_SIZE={number}: is not a number of processes" in refusal([], capsys)
+
+
+def test_more_epochs_are_refused_with_the_way_to_get_them(pictures, fp32, tmp_path, capsys):
+    command = small(pictures, fp32, "--method fp32 --epochs 9 --lr 0.05 --resume")
+    line = refusal(command, capsys)
+    assert "--epochs 6 there, 9 here; choose another --output" in line
+    assert "a longer training is a new run from the float --weights" in line
+    assert train.main([*command, "--steps", "1", "--output", str(tmp_path), "--weights",
+                       str(fp32 / "last.pt")]) == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pass_that_is_left_half_way_does_not_reach_into_the_next(workers, pictures):
+    run = start(pictures, "--workers", str(workers))
+    left = run.epoch_batches(0)
+    next(left)
+    assert_same(batches_of(run, 1), batches_of(start(pictures), 1))
+    assert len(batches_of(run, 0)) == run.epoch_steps
+
+
+def test_no_worker_process_is_left_in_a_notebook(pictures, fp32, tmp_path, capsys, monkeypatch):
+    """At the end, after bad input, after a bug and after Ctrl-C, whose exceptions it keeps."""
+    command = partial(qat, pictures, fp32)
+    children, kept = [], []
+
+    def act(error, run, *_):
+        children.append(len(multiprocessing.active_children()))
+        if error:
+            raise error
+
+    for number, error in enumerate((None, None, train.UserError("bad"), RuntimeError("a bug"),
+                                    KeyboardInterrupt())):
+        strike("finish_epoch", 1, partial(act, error), monkeypatch.setattr)
+        argv = command(tmp_path / str(number), "--method lsq --steps 1 --workers 2")
+        if number < 3:
+            assert train.main(argv) == (2 if error else 0)
+        else:
+            with pytest.raises(type(error)) as info:
+                train.main(argv)
+            kept.append(info)
+        assert not multiprocessing.active_children()
+    assert children == [4] * 5 and capsys.readouterr().err == "train.py: bad\n"
+
+
+def test_loading_processes_start_once_however_python_starts_them(
+        fork, pictures, fp32, tmp_path, monkeypatch):
+    """With the same log."""
+    starts, logs, real = [], set(), multiprocessing.process.BaseProcess.start
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start",
+                        lambda process: (starts.append(process), real(process)))
+    before = multiprocessing.get_start_method()
+    try:
+        for method in ("fork", "forkserver", "spawn"):
+            multiprocessing.set_start_method(method, force=True)
+            starts.clear()
+            command = qat(pictures, fp32, tmp_path / method, "--method lsq --steps 1 --workers 1")
+            assert train.main(command) == 0 and len(starts) == 2
+            logs.add((tmp_path / method / "log.csv").read_text())
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert len(logs) == 1
+
+
+def test_bad_input_in_a_spawned_loading_process_is_one_line(ab):
+    """Which spawns them, as Python does on macOS, by a file that it reads before any program."""
+    for path in Path("ab/train").rglob("*.png"):
+        path.write_bytes(b"")
+    Path("sitecustomize.py").write_text("import multiprocessing as m\nm.set_start_method('spawn')")
+    command = [sys.executable, ROOT / "train.py", *TINY, "--data", "ab", "--workers", "1"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": "."}, capture_output=True,
+                          text=True)
+    *reasons, line = done.stderr.splitlines()
+    assert done.returncode == 2 and len(reasons) == 16
+    assert line == "train.py: --data ab: no picture in train is readable"
+
+
 # --- README ---------------------------------------------------------------------------------------
 
 
