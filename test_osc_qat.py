@@ -5243,21 +5243,88 @@ def test_bad_input_in_a_spawned_loading_process_is_one_line(ab):
 
 # --- README ---------------------------------------------------------------------------------------
 
+PROGRAMS = {"train.py": train, "toy_oscillation.py": toy_oscillation, "-m tools.analyze": analyze,
+            "-m tools.benchmark": benchmark, "-m tools.controls": controls,
+            "-m tools.export": export, "-m tools.summarize": summarize, "-m tools.tables": tables}
+
 
 @pytest.mark.parametrize("file", ["README.md", "figures/README.md"])
 def test_every_readme_command_parses(file, tmp_path, monkeypatch):
-    text = (ROOT / file).read_text()
-    commands = re.findall(
-        r"(?:torchrun \S+ |python )(train\.py|toy_oscillation\.py|-m figures\.analyze|"
-        r"-m figures\.benchmark) *([^`\n]*)", text)
-    scripts = {"train.py": train, "toy_oscillation.py": toy_oscillation,
-               "-m tools.analyze": analyze, "-m tools.benchmark": benchmark}
-    assert len(commands) > 5
+    """And names a program that is there: none is left out."""
+    found = re.findall(r"(?:torchrun \S+ |python )(-m \S+|\S+\.py) *([^`\n]*)",
+                       (ROOT / file).read_text())
+    assert len(found) > 5
     monkeypatch.chdir(tmp_path)
     (tmp_path / "figures").mkdir()
-    for script, flags in commands:
-        flags = re.sub(r"--help|--plot \S+\.(?:gif|png)$", "", flags.split("#")[0].strip()).split()
-        scripts[script].parse(flags)
+    for program, flags in found:
+        if program != "tools/predict.py":
+            PROGRAMS[program].parse(re.sub(r"--plot \S+|#.*", "", flags).split())
+
+
+def wishes():
+    """The rows of "I want to ...": what is wanted, and the commands, flags and entries to type."""
+    text = (ROOT / "README.md").read_text().split("## I want to")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ", 1) for line in text.splitlines()
+            if re.match(r"\| (?!I want|---|top-1)", line)]
+    return {wish: re.findall(r"`([^`]+)`", todo) for wish, todo in rows}
+
+
+def test_the_flags_and_entries_that_the_readme_names_work(monkeypatch):
+    monkeypatch.setattr(osc_qat, "ESTIMATORS", ESTIMATORS)
+    tables_of = {"NETWORKS": train.NETWORKS, "METHODS": train.METHODS, "ESTIMATORS": ESTIMATORS}
+    tried = 0
+    for words in wishes().values():
+        for word in words:
+            if re.match(r'"\w+": ', word):  # an entry of the table that is named next
+                name = next(each for each in words if each in tables_of)
+                code = "{" + word.replace("lambda g, u: ...", "lambda g, u: g") + "}"
+                entry = eval(code, {"build": lambda num_classes: float_net()})
+                for key, value in entry.items():
+                    monkeypatch.setitem(tables_of[name], key, value)
+        for flags in (word for word in words if word.startswith("--")):
+            train.parse([*flags.split(), "--data", "DIR"])
+            tried += 1
+    assert tried >= 8
+
+
+def test_the_readmes_commands_lead_from_own_pictures_to_a_file_for_other_runtimes(
+        pictures, tmp_path, monkeypatch, capsys, onnx):
+    """Every command of "I want to ..." that can run here; a local file stands for the download."""
+    monkeypatch.chdir(tmp_path)
+    theirs = torchvision.models.mobilenet_v2(num_classes=1000)
+    torch.save(theirs.state_dict(), "published.pth")
+    Image.open(next((pictures / "val/striped").iterdir())).resize((90, 70)).save("photo.jpg")
+    small_run = "--image-size 32 --batch-size 8 --workers 0 --bn-batches 2 --steps 4"
+    printed = {}
+    for command in (word for words in wishes().values() for word in words
+                    if word.startswith("python ") and "IMAGENET" not in word):
+        _, program, *rest = re.split(r"(-m \S+|-c|\S+\.py) ?", command, maxsplit=1)
+        flags = rest[-1].replace("DIR", str(pictures)).replace("DEFAULT", "published.pth")
+        capsys.readouterr()
+        if program == "-c":
+            exec(flags.strip("'"))
+        elif program == "tools/predict.py":
+            assert runpy.run_path(str(ROOT / program))["main"](flags.split()) == 0
+        else:
+            flags = re.sub(r"--epochs \d+", small_run, flags).replace("*-lsq-*", "*").split()
+            flags = [path for word in flags for path in sorted(map(str, Path().glob(word)))
+                     or [word] if "*" in word] if "*" in rest[-1] else flags
+            more = {"-m tools.analyze": ["--steps", "4", "--workers", "0"]}.get(program, [])
+            assert PROGRAMS[program].main([*flags, *more]) == 0, command
+        printed[program] = capsys.readouterr().out
+    assert float(re.search(r"'features\.\S+\.frozen': ([\d.]+)", printed["-c"])[1]) >= 0
+    assert re.search(r"(bright|dark|striped)", printed["tools/predict.py"])
+    assert {"tools/predict.py", "-c", "-m tools.export", "-m tools.summarize"} <= printed.keys()
+
+
+def test_the_readme_lists_what_changes_results_and_grep_finds_every_difference():
+    """Each difference of the README has its mark beside the code."""
+    text = (ROOT / "README.md").read_text()
+    command = re.search(r'`grep -n "(.+?)" \*\.py`', text)[1].replace(r"\|", "|")
+    marks = [line for file in ROOT.glob("*.py") if not file.name.startswith("test")
+             for line in file.read_text().splitlines() if re.search(command, line)]
+    assert len(marks) >= 25
+    assert len(text.split()) <= 2700 and text.count("\n") <= 270
 
 
 def readme_code(word):
@@ -5298,43 +5365,16 @@ def test_the_readmes_loop_trains_freezes_scores_and_leaves_a_whole_checkpoint(
     assert_same(snapshot(twin, tracker), snapshot(end["model"], end["tracker"]))
 
 
-def test_the_readmes_way_from_own_pictures_to_a_prediction_for_one_jpeg(
-        pictures, tmp_path, monkeypatch, capsys, onnx):
-    """Your own pictures: every command and the code, a local file in the place of the download."""
-    monkeypatch.chdir(tmp_path)
-    theirs = torchvision.models.mobilenet_v2(num_classes=1000)
-    torch.save(theirs.state_dict(), "published.pth")
-    text = (ROOT / "README.md").read_text().split("## Your own pictures")[1].split("\n## ")[0]
-    commands = re.findall(r"^    python train.py (.*)$", text, re.M)
-    assert len(commands) == 3
-    for flags in commands:
-        flags = flags.replace("DIR", str(pictures)).replace("DEFAULT", "published.pth")
-        if "--method" in flags:  # "--data" is enough of its settings for --evaluate
-            flags = re.sub(r"--epochs \d+", "--steps 4", flags)
-            flags += " --image-size 64 --batch-size 8 --workers 0 --bn-batches 2"
-        assert train.main(flags.split()) == 0
-    photo = Image.open(next((pictures / "val/striped").iterdir())).resize((90, 70))
-    photo.save("photo.jpg")
+def test_every_flag_is_described_and_tested(capsys):
+    """Defaults stand in brackets where they say something; a test gives each flag a value."""
+    for module in (train, analyze, benchmark, summarize, tables, export):
+        assert module.main(["--help"]) == 0
+        out = capsys.readouterr().out
+        flags = re.findall(r"^  (?:-h, )?(--[\w-]+)(.*(?:\n {10}.*)*)", out, re.M)
+        assert flags and "None" not in out and "False" not in out
+        for flag, text in flags:
+            assert len(text.split()) > 2, f"{flag} of {module.__name__}: no description"
+            assert flag == "--help" or re.search(rf"{flag}[ =\"']", Path(__file__).read_text()), flag
     capsys.readouterr()
-    exec(readme_code("photo.jpg"), end := {})
-    assert capsys.readouterr().out.strip() in ("bright", "dark", "striped")
-    run = train.stored_run("runs/4bit/last.pt", "--evaluate", train.parse([]))
-    train.reestimate(run)
-    image = run.val_set.transform(train.read_picture("photo.jpg"))
-    assert_close(torch.from_numpy(end["image"]), image, atol=0.03, rtol=0)
-    with torch.no_grad():
-        expected = run.model.eval()(image[None])[0]
-    logits = end["session"].run(None, {"images": image[None].numpy()})[0][0]
-    # Another CPU may put an input on the other side of a threshold: near is enough.
-    assert_close(torch.from_numpy(logits), expected, rtol=0, atol=0.5 * expected.std().item())
-
-
-def test_at_most_42_flags_are_described_with_the_defaults_of_their_command(capsys):
-    """Those that its recipe gives, too."""
-    assert train.main(split("--data DIR --bits 3 --help")) == 0
-    flags = re.findall(r"^  (?:-h, )?(--\S+)(.*(?:\n {10}.*)*)", capsys.readouterr().out, re.M)
-    told = {flag: " ".join(words.split()) for flag, words in flags}
-    assert 30 < len(told) <= 42 and all(re.search("[a-z]{2}", words) for words in told.values())
-    for flag, default in {"--threshold": "0.1 0.011", "--lr": "0.01", "--model": "mobilenet_v2",
-                          "--weights": "DEFAULT", "--act-bits": "3", "--bn-batches": "50"}.items():
-        assert told[flag].endswith(f" [{default}]"), flag
+    train.main(["--help"])
+    assert "examples:" in capsys.readouterr().out
