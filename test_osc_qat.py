@@ -3327,6 +3327,7 @@ def test_benchmark_times_all_methods_in_turn(flags, few_patterns, tmp_path, monk
     monkeypatch.setattr(benchmark, "time", argparse.Namespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(torch, "compile", lambda model: nn.Sequential(model))
     cost = {"fp32": 2, "lsq": 4, "dampen": 6, "freeze": 8}
+    monkeypatch.setattr(train, "METHODS", {name: train.METHODS[name] for name in cost})
 
     def watched(run, images, labels):
         assert images.shape == (2, 3, 32, 32) and run.args.model == "mobilenet_v2_short"
@@ -4610,21 +4611,11 @@ def test_each_tool_runs_as_a_script_that_ctrl_c_ends_with_one_line(name, monkeyp
 
 # --- tools/tables.py: the numbers of the READMEs --------------------------------------------------
 
-def test_t_quantiles_leave_a_fortieth_of_the_density_above():
-    """As interval uses them: the square root of F's quantile with one degree of freedom above."""
-    for freedom in range(1, 30):
-        quantile = math.sqrt(tables.f_quantile(0.95, 1, freedom))
-        x = torch.linspace(0, quantile, 100001, dtype=torch.float64)
-        scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2)
-        scale /= math.sqrt(freedom * math.pi)
-        density = scale * (1 + x * x / freedom) ** (-(freedom + 1) / 2)
-        assert abs(torch.trapezoid(density, x).item() - 0.475) < 1e-6, freedom
-
-
 @pytest.mark.parametrize("share, above, below, printed", [
     (0.95, 1, 8, 5.318), (0.95, 2, 10, 4.103), (0.95, 5, 5, 5.050), (0.95, 11, 11, 2.818),
     (0.95, 20, 12, 2.544), (0.95, 24, 24, 1.984), (0.99, 3, 60, 4.126), (0.95, 120, 120, 1.352)])
 def test_f_quantiles_are_those_of_printed_tables(share, above, below, printed):
+    """And so Student's: 5.318 is the square of 2.306."""
     assert tables.f_quantile(share, above, below) == pytest.approx(printed, abs=6e-4)
 
 
@@ -4778,7 +4769,7 @@ def test_what_quantization_costs_is_paired_by_seed_and_correlated_over_settings(
 
 
 def test_the_picture_of_the_claims_shows_each_interval_in_standard_errors(tmp_path, monkeypatch):
-    """To the right as stated; in the colour of its side; grey if it contains 0 or runs are missing."""
+    """To the right as stated; in the colour of its side, grey if it contains 0."""
     pytest.importorskip("matplotlib", reason="matplotlib is optional")
     figures, real = [], tables.picture
 
@@ -4818,7 +4809,7 @@ def test_the_picture_of_the_claims_shows_each_interval_in_standard_errors(tmp_pa
     ["--method=lsq", "--model=mobilenet_v2", "--data=CIFAR", "--bits=4"]])
 @pytest.mark.parametrize("given, shown", [
     ("", ""), ("--seed 3 --output X --workers 1 --weights W --checkpoint-every 7", ""),
-    ("--lambda 0.30 3e-1 --threshold .008 0.0080", "--threshold 0.008 0.008 --lambda 0.3 0.3"),
+    ("--lambda 0.30 3e-1 --threshold .008 0.0080", "--lambda 0.3 0.3 --threshold 0.008 0.008"),
     ("--per-channel --estimator ewgs --weight-decay 0.000025",
      "--estimator ewgs --per-channel --weight-decay 2.5e-05"), ("--steps 1000", "--steps 1000")])
 def test_flags_that_differ_are_shown_in_one_way(recipe, given, shown):
@@ -4869,49 +4860,45 @@ def test_slow_reversals_and_weights_at_the_thresholds_are_counted(per_channel):
 
 
 def test_finished_runs_become_rows_and_anything_else_is_one_line(tmp_path, monkeypatch, capsys):
+    """A new run takes the place of the row of its name; all other rows stay."""
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     (tmp_path / "figures").mkdir()
     assert re.fullmatch(r"python -m tools\.tables: \S+runs\.csv: cannot be read; --collect.*",
                         refusal([], capsys, tables.main))
-    runs = [tmp_path / "a" / name for name in ("w3-odd-seed2", "control-seed1", "w3-lsq-seed1")]
-    low = ["--bits=3", "--act-bits=32"]
-    made_up_run(runs[0], "--method=random", "--seed=2", "--threshold", ".008", ".008", *low)
-    made_up_run(runs[1], "--method=fp32", "--seed=1", "--weights=W", "--epochs=3")
-    made_up_run(runs[2], "--method=lsq", "--seed=1", "--data=photos/CIFAR", "--lr=0.5",
-                "--model=mobilenet_v2_short", *low)
-    path = tmp_path / "figures/runs.csv"
-    assert tables.main(["--collect", *map(str, runs)]) == 0
+    low, path = ["--bits=3", "--act-bits=32"], tmp_path / "figures/runs.csv"
+    runs = [made_up_run(tmp_path / "w3-odd-seed2", "--method=random", "--seed=2",
+                        "--threshold", ".008", ".008", *low),
+            made_up_run(tmp_path / "control-seed1", "--method=fp32", "--weights=W", "--epochs=3"),
+            made_up_run(tmp_path / "w3-lsq-seed1", "--method=lsq", "--data=photos/CIFAR",
+                        "--lr=0.5", "--model=mobilenet_v2_short", *low),
+            made_up_run(tmp_path / "fp32-seed1", "--method=fp32")]
+    assert tables.main(split("--collect", *runs)) == 0
     written = path.read_bytes()
     for more in ([], runs[:1], runs[::-1]):
         assert tables.main(split("--collect", *more) if more else []) == 0
         assert path.read_bytes() == written
     rows = list(csv.DictReader(written.decode().splitlines()))
-    keys = ("run", "data", "method", "seed", "flags", "steps", "oscillating", "fp32_top1", "torch",
-            "threads")
+    keys = ("run", "data", "method", "seed", "flags", "oscillating")
     assert [[row[key] for key in keys] for row in rows] == [
-        ["control-seed1", "patterns", "control", "1", "--epochs 3", "768", "", "0.333333", "9.8.7",
-         "5"],
-        ["w3-lsq-seed1", "CIFAR", "lsq", "1", "--lr 0.5", "768", "0.333333", "0.333333", "9.8.7",
-         "5"],
-        ["w3-odd-seed2", "patterns", "random", "2", "--threshold 0.008 0.008", "768", "0.333333",
-         "0.333333", "9.8.7", "5"]]
-    assert [row["near_threshold"] == "" for row in rows] == [True, False, False]
-    (tmp_path / "unfinished").mkdir()
-    made_up_run(tmp_path / "broken", "--method=lsq")
-    (tmp_path / "broken/last.pt").write_bytes(b"PK")
-    made_up_run(tmp_path / "b/w3-lsq-seed1", "--method=lsq", "--seed=1")
-    capsys.readouterr()
-    for folder, words in (("unfinished", "not a finished run"), ("broken", "not a finished run"),
-                          ("b/w3-lsq-seed1", "second run of this name")):
-        line = refusal(["--collect", runs[2], tmp_path / folder], capsys, tables.main)
-        assert words in line and path.read_bytes() == written
-        assert line.startswith(f"python -m tools.tables: --collect {tmp_path / folder}: ")
-    # A new run of the same name takes the place of the old one; the other rows stay.
-    assert tables.main(["--collect", str(tmp_path / "b/w3-lsq-seed1")]) == 0
+        ["control-seed1", "patterns", "control", "0", "--epochs 3", ""],
+        ["fp32-seed1", "patterns", "fp32", "0", "", ""],
+        ["w3-lsq-seed1", "CIFAR", "lsq", "0", "--lr 0.5", "0.333333"],
+        ["w3-odd-seed2", "patterns", "random", "2", "--threshold 0.008 0.008", "0.333333"]]
+    for row in rows:
+        assert (row["steps"], row["torch"], row["threads"]) == ("768", "9.8.7", "5")
+        assert row["fp32_top1"] == "0.333333" and (row["near_threshold"] == "") == (
+            row["method"] in ("control", "fp32"))
+    other = made_up_run(tmp_path / "b/w3-lsq-seed1", "--method=lsq", "--seed=1")
+    broken = made_up_run(tmp_path / "broken", "--method=lsq")
+    (broken / "last.pt").write_bytes(b"PK")
+    for folder, words in ((tmp_path, "not a finished run"), (broken, "not a finished run"),
+                          (other, "second run of this name")):
+        line = refusal(["--collect", runs[2], folder], capsys, tables.main)
+        assert line.startswith(f"python -m tools.tables: --collect {folder}: ") and words in line
+        assert path.read_bytes() == written
+    assert tables.main(["--collect", str(other)]) == 0
     after = list(csv.DictReader(path.read_text().splitlines()))
-    assert [after[0], after[2]] == [rows[0], rows[2]] and after[1]["data"] == "patterns"
-    made_up_run(tmp_path / "fp32-seed1", "--method=fp32", "--seed=1")  # without weights
-    assert tables.read_run(tmp_path / "fp32-seed1")["method"] == "fp32"
+    assert after[2]["data"] == "patterns" and after[:2] + after[3:] == rows[:2] + rows[3:]
 
 
 def test_tables_are_written_between_their_markers_and_nowhere_else(tmp_path, monkeypatch):
@@ -4946,7 +4933,8 @@ def test_the_runs_of_a_group_differ_in_their_seeds_only_and_no_seed_was_added():
     settings = {}
     for row in rows:
         group = row["run"].removesuffix(f"-seed{row['seed']}")
-        photographs, second = row["data"] == "CIFAR", "second-" in group
+        photographs = row["data"] == "CIFAR"
+        second = "second-" in group and not (photographs and row["method"] == "fp32")
         last = (62 if photographs else 74) if second else 6 if photographs else 9
         assert (51 if second else 1) <= int(row["seed"]) <= last
         settings.setdefault(group, set()).add(tuple(row[key] for key in (
