@@ -4408,6 +4408,9 @@ def test_a_network_of_ones_own_is_one_more_row(pictures, tmp_path, capsys, monke
     capsys.readouterr()
     line = refusal([*small(pictures, tmp_path / "c", flags, "--method fp32"), "--width=2"], capsys)
     assert "--width: mine has no" in line
+    monkeypatch.delitem(train.NETWORKS, "mine")
+    line = refusal(["--evaluate", tmp_path / "b/last.pt", "--data", pictures], capsys)
+    assert "--model mine: is not in NETWORKS" in line
 
 
 def train_alone(folder, data, said):
