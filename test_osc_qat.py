@@ -1142,7 +1142,7 @@ def test_binary_optimisation_finds_the_best_of_all_choices_together():
         upper = torch.tensor([choice >> k & 1 for k in range(8)])
         w_hat = torch.cat([s * (lower[:8] + upper), before.flatten()[8:]]).view(3, 4)
         losses.append(F.cross_entropy(F.linear(x, w_hat, layer.bias), labels).item())
-    for steps, words in ((400, None), (4, "4 steps need as many batches; there were 3")):
+    for steps, words in ((400, None), (4, "4 steps need as many batches; there were only 3")):
         if words:
             with pytest.raises(ValueError, match=words):
                 osc_qat.optimize_oscillating_weights(model, tracker, [(x, labels)] * 3, steps)
