@@ -6,14 +6,15 @@
 
 Why does w swing? Training wants w*, which lies between two grid points. The network computes with
 q(w), the grid point nearest to an exact, "latent" weight w. While w rounds down, q(w) is too small,
-and the gradient pushes w up: as hard however far it has come, for q(w) has not moved. Past the
-threshold halfway, q(w) is too large. The gradient turns, pushes w back, and so for ever.
+and the gradient pushes w up. It does not get weaker on the way, since q(w) does not change. Past
+the threshold halfway, q(w) is too large. The gradient changes its sign, pushes w back, and so on.
 
 How often? w* lies d from its near grid point and s - d from the far one; s is the grid's step. With
 learning rate lr, an iteration on the near side moves w by lr d, towards the threshold. A single one
-on the far side moves w back by lr (s - d). That is more: to regain it takes (s - d) / d iterations
-on average. So a cycle lasts 1 + (s - d) / d = s / d iterations: w swings d / s times an iteration,
-whatever lr is. A swing is lr (s - d) high. q(w) is the far point d / s of the time: its mean is w*.
+on the far side moves w back by lr (s - d), which is more. To make up for it, w needs (s - d) / d
+iterations on average. So a cycle lasts 1 + (s - d) / d = s / d iterations: the frequency is d / s
+for every lr. The height of a swing is lr (s - d). q(w) is the far point in a share d / s of the
+iterations, so that its mean is w*.
 
 What stops it? Dampening (Eq. 5) pulls w back to the grid point in use, hardest at the threshold: by
 lr lambda s. A point holds w if this pull is stronger than training's, lr d or lr (s - d):
@@ -39,6 +40,7 @@ from osc_qat import ESTIMATORS, OscillationTracker, dampening_loss, quantize_mod
 
 BITS, INT_MIN, INT_MAX = 4, -8, 7  # more bits are not tracked or dampened; grid -8 s .. 7 s
 MOMENTUM = 0.01  # m of f_t and EMA(w_int): they settle in 500 iterations; the paper's takes 5000
+FIELDS = {"lambda": "dampening", "threshold": "freeze_threshold"}  # flags of another name
 CURES = {"dampening": {"dampening": 1.0}, "freezing": {"freeze_threshold": 0.02}}
 WIDTH, ROWS = 51, 40  # columns from grid point to grid point, odd; lines drawn of a phase
 
@@ -61,15 +63,15 @@ class Toy:
 
     def __post_init__(self):
         self.w_star = torch.as_tensor(self.target, dtype=torch.float64)
-        # The grid point below w*, and how far up to the next one w* lies: 0..1, without the dust.
+        # The grid point below w*, and where w* lies from there (0) to the next one (1), rounded.
         self.lower = self.scale * (self.w_star / self.scale).floor().clamp(INT_MIN, INT_MAX - 1)
-        self.up = ((self.w_star - self.lower) / self.scale).round(decimals=9)
+        self.bin_position = ((self.w_star - self.lower) / self.scale).round(decimals=9)
         self.threshold = self.lower + self.scale / 2
         cures = self.dampening or self.freeze_threshold is not None
         self.onset = self.cure_after if cures else math.inf
         for name, good, rule in (
                 ("scale", 1e-6 <= self.scale <= 1e6, "from 1e-6 to 1e6"),
-                ("target", ((self.up >= 0) & (self.up <= 1)).all(), f"{INT_MIN} s to {INT_MAX} s"),
+                ("target", ((self.bin_position - 0.5).abs() <= 0.5).all(), "from -8 s to 7 s"),
                 ("lr", 0 < self.lr <= 1000, "above 0, and 1000 or less"),
                 ("steps", self.steps >= 1, "1 or more"),
                 ("estimator", self.estimator in ESTIMATORS, f"one of {', '.join(ESTIMATORS)}"),
@@ -86,7 +88,7 @@ def oscillate(toy: Toy):
     model = quantize_model(network, BITS, first_last_bits=BITS, estimator=toy.estimator)
     layer = model.double()[0]  # so that the predictions can be held to their last digits
     layer.weight_quantizer.scale.requires_grad_(False).fill_(toy.scale)
-    start = toy.lower + toy.scale * toy.up.round() if toy.start is None else toy.start
+    start = toy.lower + toy.scale * toy.bin_position.round() if toy.start is None else toy.start
     layer.weight.data.copy_(torch.as_tensor(start, dtype=torch.float64).reshape(-1, 1))
     tracker, random = OscillationTracker(model, MOMENTUM), torch.Generator().manual_seed(toy.seed)
     inputs = torch.randn(toy.steps, generator=random) if toy.noise else torch.ones(toy.steps)
@@ -110,33 +112,33 @@ def simulate(target, scale=0.1, lr=0.01, steps=2000, estimator="ste", dampening=
 
 # ---- Appendix A.2 and A.3: measured and predicted ------------------------------------------------
 def measure(toy: Toy, w: Tensor, w_hat: Tensor) -> dict[str, Tensor]:
-    """What the traces, (T,) or (T, K), do once all weights swing, or long after a cure's onset."""
+    """Frequency, mean and height of traces, (T,) or (T, K), once all weights swing or are cured."""
     skip = ((toy.onset + len(w)) // 2 if len(w) > toy.onset else
             (w_hat != w_hat[0]).int().argmax(0).max())
     w, w_hat = w[skip:], w_hat[skip:]
     flips = (w_hat.diff(dim=0) != 0).sum(0)
-    # The mean way from turn to turn: w turns at flips. Its whole range would take long to visit.
+    # Height: the length of w's path over its number of reversals. (Its range settles slowly.)
     return {"frequency": flips / 2 / max(len(w) - 1, 1), "mean q(w)": w_hat.mean(0),
             "height": w.diff(dim=0).abs().sum(0) * (flips > 0) / flips.clamp(min=1)}
 
 
 def predict(toy: Toy, at_onset: float | None = None) -> dict[str, float]:
-    """What one weight does: exact for STE, x = 1, lr <= 1/2, no cure; else to first order in lr.
+    """Predicts one weight: exact for STE, x = 1, lr <= 1/2, no cure; else for a small lr.
 
     at_onset is q(w) in iteration cure_after, when f_t and EMA(w_int) have settled; None = no cure.
-    DSQ and PSG are slower at d = s/2, however small lr is: one step back often just falls short.
+    DSQ and PSG are slower at d = s/2 for every lr: a step back often ends before the threshold.
     """
-    up, cured = toy.up.item(), at_onset is not None
+    up, cured = toy.bin_position.item(), at_onset is not None
     d, near = min(up, 1 - up), round(up)  # d and points count in s, points from the lower one
+    used = round((at_onset - toy.lower.item()) / toy.scale) if cured else near
     # All estimators multiply the gradient; what counts is the factor at the threshold.
     factor = -ESTIMATORS[toy.estimator](-torch.ones(1), torch.ones(1) / 2).item()
-    pull = toy.dampening / factor if cured else 0.0
+    pull = toy.dampening / max(factor, 1e-9) if cured else 0.0
     f = height = 0.0
-    # A cycle has two reversals. f_t wavers around 2 d/s, so that it passes an f_th of just that.
+    # A cycle has two reversals. f_t fluctuates around 2 d/s, so it passes an f_th of just that.
     if cured and toy.freeze_threshold is not None and 2 * d >= toy.freeze_threshold:
-        point = near
+        point = math.nan if d == 0.5 else near  # halfway, no point is nearer: it can be either
     elif d <= pull:  # the first point within lambda s of w* on the way from the one in use
-        used = round((at_onset - toy.lower.item()) / toy.scale) if cured else near
         point = min(max(used, math.ceil(up - pull)), math.floor(up + pull))
     else:  # dampening shortens each step by lr lambda s
         f = (d - pull) / (1 - 2 * pull)
@@ -168,7 +170,7 @@ def watch(toy: Toy) -> tuple[Tensor, Tensor]:
             left, right = "|#" if w_hat > toy.threshold else "#|"
             before, line = line, f"{left}{''.join(cells)}{right}  q(w) = {w_hat:.4g}"
             if t < last < math.inf or t < last and line != before:
-                print(f"{t:6d}  {line}", flush=True)
+                print(f"{t:6d}  {line}")
                 time.sleep(0.08 * sys.stdout.isatty())
     except KeyboardInterrupt:
         if not trace:
@@ -186,9 +188,10 @@ def tabulate(rows: list[dict], name: str, toy: Toy, w: Tensor, w_hat: Tensor) ->
         print("\nMeasured (predicted; exact for STE, x = 1, no cure, lr <= 1/2). Frequency: cycles "
               "an iteration.\nHeight: of a swing of w. Last q(w): _ lower point, # upper point.\n\n"
               + " " * 14, *(f"{key:20}" for key in row), "last q(w)")
-    pairs = (f"{got:.4g} ({predicted:.4g})" for got, predicted in row.values())
+    pairs = (f"{got:.4g} ({predicted:.4g})".replace("nan", "either")
+             for got, predicted in row.values())
     strip = "".join("_#"[up] for up in (w_hat[-20:] > toy.threshold).int())
-    print(f"{name:14}", *(f"{pair:20}" for pair in pairs), strip, flush=True)
+    print(f"{name:14}", *(f"{pair:20}" for pair in pairs), strip)
     if law["frequency"] and not row["frequency"][0]:
         print("w is still on its way: raise --steps or --lr")
     rows.append({"setting": name, **row, "q(w)": strip})
@@ -196,10 +199,11 @@ def tabulate(rows: list[dict], name: str, toy: Toy, w: Tensor, w_hat: Tensor) ->
 
 # ---- Figures 1, 5 and 6, and a picture that moves ------------------------------------------------
 def draw_weights(figure, toys: dict[str, Toy]) -> list[tuple]:
-    """Draws w, from at most 15 STE steps off the threshold, and q(w); returns lines and traces."""
+    """Draws w, starting up to 15 STE steps before the threshold, and q(w): lines and traces."""
     lines = []
     for panel, (name, toy) in zip(figure.subplots(1, len(toys), sharey=True), toys.items()):
-        way = (15 * toy.lr * (toy.up.round() - toy.up)).clamp(-0.4, 0.4)  # from the near side
+        # from the near side
+        way = (15 * toy.lr * (toy.bin_position.round() - toy.bin_position)).clamp(-0.4, 0.4)
         w, w_hat = simulate(**asdict(replace(toy, start=toy.threshold + toy.scale * way)))
         low, _, high = levels = [toy.lower.item() + toy.scale * i / 2 for i in range(3)]
         panel.hlines(levels, 0, toy.steps, "gray", ["-", ":", "-"], lw=1)
@@ -232,7 +236,7 @@ def draw_figures(figure, toy: Toy) -> None:
         often.plot(share, frequency, marker, fillstyle="none", label=name.upper())
     often.set(title=f"Fig. 5, lr = {toy.lr:g}", xlabel="d / s", ylabel="cycles an iteration")
     below.supxlabel("Fig. 5: DSQ's and PSG's steps are longest at the threshold. Shorter ones lead "
-                    "back, so more of them. A small lr mends it, but not at d / s = 0.5.", size=9)
+                    "back: longer cycles. A small lr removes this, but not at d / s = 0.5.", size=9)
     for lr in (toy.lr, toy.lr / 3, toy.lr / 10):
         w, _ = simulate(toy.target, toy.scale, lr, steps=60, start=toy.threshold)
         high.plot((w - toy.threshold) / toy.scale, lw=1, label=f"lr = {lr:.2g}")
@@ -242,22 +246,37 @@ def draw_figures(figure, toy: Toy) -> None:
 
 
 def draw_frame(lines: list[tuple], t: int) -> None:
-    """Shows the first t iterations of draw_weights; the titles tell no more than these."""
+    """Shows the first t iterations of draw_weights; titles say only what these show."""
     for line, trace in lines:
         line.set_data(range(t), trace[:t])
     for line, w_hat in lines[::2]:
         left, moves = (len(seen.unique()) > 1 for seen in (w_hat[:t], w_hat[max(t - 15, 0):t]))
-        told = ": q(w) swings" if moves else f": q(w) rests on {w_hat[t - 1]:.4g}" if left else ""
-        line.axes.set_title(line.axes.get_label() + told, size=10)
+        shown = ": q(w) swings" if moves else f": q(w) rests on {w_hat[t - 1]:.4g}" if left else ""
+        line.axes.set_title(line.axes.get_label() + shown, size=10)
 
 
 def plot(toy: Toy, path: Path, steps: int = 72) -> None:
-    """Writes draw_figures or, into a .gif, one weight with and without cures, moving."""
+    """Writes draw_figures or, into a .gif, one weight with and without cures, moving.
+
+    The user's matplotlib settings have no part in it: a notebook's backend, TeX that is missing.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)  # an unknown one would stop the import
+    try:
+        import matplotlib
+    finally:
+        os.environ.update({"MPLBACKEND": backend} if backend else {})
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        draw_file(toy, path, steps)
+
+
+def draw_file(toy: Toy, path: Path, steps: int) -> None:
+    """Does what plot says, under matplotlib's default settings."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from PIL import Image
     if path.suffix.lower() != ".gif":
-        Figure().savefig(path, format=path.suffix[1:])  # tells a bad path before the drawing
+        Figure().savefig(path, format=path.suffix[1:])  # raises for a bad path before the drawing
         draw_figures(figure := Figure((10, 6.5), layout="constrained"), toy)
         return figure.savefig(path, dpi=100)
     path.open("ab").close()
@@ -279,33 +298,57 @@ def plot(toy: Toy, path: Path, steps: int = 72) -> None:
 # ---- Command line --------------------------------------------------------------------------------
 def parse(argv: list[str] | None) -> tuple[Toy, argparse.Namespace]:
     """The setting and all flags; exits with status 2 and one line where one of them is bad."""
-    parser = argparse.ArgumentParser(description="Watch a quantized weight oscillate.")
+    program = "python toy_oscillation.py"
+    parser = argparse.ArgumentParser(
+        description="Watch a quantized weight oscillate, then compare it with the predictions.",
+        formatter_class=argparse.RawDescriptionHelpFormatter, epilog=(
+            f"examples:\n  {program} --target 0.1\n  {program} --lambda 1\n"
+            f"  {program} --threshold 0.02\n  {program} --plot figures.png"))
     parser.error = lambda message: parser.exit(2, message.removeprefix("argument ") + "\n")
-    for name, kind, default, text in (
-            ("target", float, 0.127, "w*, from -0.8 to 0.7; s is 0.1"),
-            ("lr", float, 0.1, "learning rate; about 0.1 shows the swing to the eye"),
-            ("steps", int, 2000, "iterations"),
-            ("estimator", str, "ste", f"gradient estimator: {', '.join(ESTIMATORS)}"),
-            ("dampening", float, 0.0, "lambda of Eq. 5; d/s or more brings w to rest"),
-            ("freeze-threshold", float, None, "f_th of Algorithm 1: up to 2 d/s it freezes w"),
-            ("cure-after", int, 500, "iteration from which dampening and freezing act"),
-            ("plot", Path, None, "first draw Figures 1, 5 and 6 or, into a .gif, both cures"),
-            ("json", Path, None, "write what the table prints into this file")):
-        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({default})")
-    parser.add_argument("--compare", action="store_true", help="estimators, random x and cures")
+    for flags, kind, default, text in (
+            ("target", float, 0.127, "optimum w*, -0.8 to 0.7 (grid of step 0.1); default 0.127"),
+            ("lr", float, 0.1, "learning rate; the default, 0.1, makes the swing visible"),
+            ("steps", int, 2000, "number of iterations, default 2000"),
+            ("estimator", str, "ste", f"gradient estimator: {', '.join(ESTIMATORS)}; default ste"),
+            ("lambda dampening", float, 0.0, "strength of dampening (Eq. 5); from d/s on w rests"),
+            ("threshold freeze-threshold", float, None, "frequency f_th above which w is frozen "
+             "(Algorithm 1); up to 2 d/s it freezes w"),
+            ("cure-after", int, 500, "iteration at which the cures set in, default 500"),
+            ("plot", Path, None, "also write a picture: .png has Figures 1, 5 and 6, .gif a weight "
+             "with and without cures"),
+            ("json", Path, None, "also write the table into this file")):
+        flag, *old = flags.split()
+        name = FIELDS.get(flag, flag).replace("-", "_")
+        parser.add_argument(f"--{flag}", type=kind, default=default, help=text, dest=name,
+                            metavar=flag.upper())
+        for other in old:  # its name in the previous version
+            parser.add_argument(f"--{other}", type=kind, dest=name, help=argparse.SUPPRESS)
+    parser.add_argument("--compare", action="store_true",
+                        help="instead of one weight, a table of all estimators, random x and cures")
     args = parser.parse_args(argv)
     try:
         toy = Toy(args.target, 0.1, args.lr, args.steps, args.estimator, args.dampening,
                   args.freeze_threshold, args.cure_after)
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        flag = {field: flag for flag, field in FIELDS.items()}.get(name, name)
+        parser.error(f"--{flag.replace('_', '-')} {rest}")
+    check_outputs(parser, toy, args)
+    return toy, args
+
+
+def check_outputs(parser: argparse.ArgumentParser, toy: Toy, args: argparse.Namespace) -> None:
+    """Tries --json before the work, and draws --plot; one line and status 2 if that fails."""
+    try:
         if args.json:
-            args.json.open("a").close()
+            with args.json.open("a") as file:
+                file.write(" ")  # a full disk lets a file be opened, but not written
         if args.plot:
             plot(toy, args.plot)
     except ImportError:
         parser.error("--plot needs matplotlib: pip install matplotlib")
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    return toy, args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -330,11 +373,16 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if rows and args.json:
-        args.json.write_text(json.dumps({"settings": vars(args), "table": rows}, default=str))
+        try:
+            args.json.write_text(json.dumps({"settings": vars(args), "table": rows}, default=str))
+        except OSError as error:
+            print(error, file=sys.stderr)
+            return 2
     return 0
 
 
 if __name__ == "__main__":
     with open(os.devnull, "w") as nowhere:  # for a stream that the shell has closed: it is None
         sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
+        sys.stdout.reconfigure(line_buffering=True)  # in a file or pipe, too, a line at once
         sys.exit(main())

@@ -16,6 +16,7 @@ epoch, and the picture or step. So a run that was killed goes on to the same end
 
 import argparse
 import csv
+import errno
 import io
 import json
 import math
@@ -822,11 +823,16 @@ def read_file(path: str | Path, flag: str) -> dict:
 
 def save_atomically(path: Path, content: bytes, flag: str = "--output") -> None:
     """Writes beside `path` and renames: a kill or a full disk leaves the previous file whole."""
-    part = Path(f"{path}.part")  # a killed run may have left one
     with user_error(f"{flag} {path}: cannot be written", OSError):
+        path = Path(os.path.realpath(path))
+        part = path.with_name(f".{path.name}.unfinished")  # a killed run may have left one
         try:
             part.write_bytes(content)
             os.replace(part, path)
+        except OSError as error:
+            if error.errno != errno.EBUSY:  # a mounted file cannot be replaced
+                raise
+            path.write_bytes(content)
         finally:
             part.unlink(missing_ok=True)
 
