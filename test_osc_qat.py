@@ -2915,7 +2915,7 @@ def test_processes_train_on_parts_of_the_same_batches_and_re_estimate_bn_on_all_
         assert_same(other, for_bn[0])
     monkeypatch.setattr(train, "generate_patterns", lambda part, number: (
         torch.zeros(9, 3, 2, 2), torch.zeros(9)))
-    with pytest.raises(train.UserError, match="less than 2 training pictures a process"):
+    with pytest.raises(train.UserError, match="fewer than 2 pictures per process"):
         start(None)
 
 
@@ -5046,8 +5046,8 @@ def bars(monkeypatch):
     return seen
 
 
-LONG = ["listing train", "listing val", "scoring", "batches to calibrate", "epoch 1/2",
-        "batches to bn", "epoch 2/2"]
+LONG = ["listing train", "listing val", "scoring", "training batches (calibrate)", "epoch 1/2",
+        "training batches (bn)", "epoch 2/2"]
 
 
 def test_in_a_file_long_work_prints_a_line_per_minute(pictures, fp32, tmp_path, bars, capsys):
@@ -5073,6 +5073,8 @@ def test_a_terminal_and_a_notebook_show_a_bar(notebook, pictures, fp32, tmp_path
     assert list(bars) == LONG and all(f"{title}: " in shown for title in LONG) and "\n" not in shown
     assert all("delay" not in options for options in bars.values())
     assert not shown.rpartition("\r")[2].strip()  # gone when it is done
+    monkeypatch.setattr(train, "rank", lambda: 1)
+    assert train.progress([], "of another process").disable
 
 
 @pytest.mark.parametrize("size", [(65_000, 1), (1, 12_000), (81, 10), (40, 10)])

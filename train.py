@@ -420,7 +420,7 @@ class Run:
         order = torch.randperm(len(self.train_set), generator=generator(self.args.seed, key))
         size = min(self.args.batch_size, len(order) // self.args.processes) * self.args.processes
         if size < 2 * world_size():
-            raise UserError(f"--data {self.args.data}: has less than 2 training pictures a process")
+            raise UserError(f"--data {self.args.data}: train has fewer than 2 pictures per process")
         return order[:len(order) - len(order) % size].split(size)
 
     def epoch_batches(self, epoch: int, start: int = 0, stop: int | None = None):
@@ -433,7 +433,7 @@ class Run:
         passes = (self.shuffled_batch_indices(f"{purpose} {k}") for k in count())
         batches = list(islice(chain.from_iterable(passes), number))
         return progress(self.load(self.train_set, batches, f"{purpose} 0"),
-                        f"batches to {purpose}", number)
+                        f"training batches ({purpose})", number)
 
     def load(self, data: "Pictures", batches: list[Tensor], key: int | str = 0) -> Iterator:
         """One pass over a data set, in batches of indices: images (N, 3, H, W), labels (N,).
