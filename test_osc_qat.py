@@ -2383,14 +2383,14 @@ def test_flags_reach_the_quantizers(flags, tiny_run):
 
 
 @pytest.mark.parametrize("flags, told", [
-    ("--method dampen --bits 8", "--method dampen does what lsq does"),
+    ("--method dampen --bits 8", "--method dampen acts like lsq"),
     ("--method freeze --osc-momentum 0.1", "2 steps are few: f averages over 1 / m = 10"),
     ("--method freeze --osc-momentum 1", None), ("--method lsq", None)])
 def test_a_cure_without_low_bit_weights_or_with_few_steps_says_so(
         flags, told, pictures, fp32, tmp_path, capsys):
     assert train.main(qat(pictures, fp32, tmp_path, flags, "--steps 2")) == 0
     out = capsys.readouterr().out
-    assert told in out if told else "are few" not in out and "what lsq does" not in out
+    assert told in out if told else "are few" not in out and "like lsq" not in out
 
 
 def test_the_float_score_is_taken_before_and_calibration_sees_four_batches(tiny_run, monkeypatch):
@@ -2760,7 +2760,7 @@ def saved(content):
     return file.getvalue()
 
 
-NO_STATE = "not what torch.save(model.state_dict()) writes"
+NO_STATE = "is not a file of torch.save(model.state_dict())"
 FOREIGN = {  # by what a file of weights holds, and what it is told; None: it is read
     "prefixes": (lambda net: {"model": renamed(net, "_orig_mod.module.")}, None),
     "half": (lambda net: changed(net, torch.Tensor.half), None),
@@ -2773,9 +2773,9 @@ FOREIGN = {  # by what a file of weights holds, and what it is told; None: it is
     "some of a run's keys": (lambda net: {"model": net.state_dict(), "preprocessing": ["x"],
                                           "arguments": argparse.Namespace()}, None),
     "ema.": (lambda net: renamed(net, "ema."), "no ema.features.0.0.weight, "),
-    "integers": (lambda net: changed(net, torch.Tensor.char), "0.0.weight is not all finite"),
-    "8 bits": (lambda net: changed(net, lambda t: t.to(torch.float8_e4m3fn)), "not all finite"),
-    "NaN": (lambda net: changed(net, lambda t: t * math.nan), "not all finite"),
+    "integers": (lambda net: changed(net, torch.Tensor.char), "0.0.weight holds other values"),
+    "8 bits": (lambda net: changed(net, lambda t: t.to(torch.float8_e4m3fn)), "than finite floats"),
+    "NaN": (lambda net: changed(net, lambda t: t * math.nan), "than finite floats"),
     "another key": (lambda net: {"net": net.state_dict()}, "expected a state dict of tensors"),
     "text": (lambda net: {"a": "b"}, "expected a state dict of tensors"),
     "another network": (lambda net: nn.Sequential(nn.Linear(2, 3)).state_dict(), "tensors differ"),
@@ -2917,7 +2917,7 @@ def test_processes_train_on_parts_of_the_same_batches_and_re_estimate_bn_on_all_
         assert_same(other, for_bn[0])
     monkeypatch.setattr(train, "generate_patterns", lambda part, number: (
         torch.zeros(9, 3, 2, 2), torch.zeros(9)))
-    with pytest.raises(train.UserError, match="2 or more training pictures a process"):
+    with pytest.raises(train.UserError, match="fewer than 2 pictures per process"):
         start(None)
 
 
@@ -3234,7 +3234,7 @@ def test_a_number_out_of_range_is_refused_by_name(flag, value, capsys):
     ("--evaluate missing.pt", "--evaluate missing.pt"),
     ("--data missing", "expected train/CLASS"), ("--data empty", "expected train/CLASS"),
     ("--data hollow", "expected train/CLASS"), ("--data single", "2 or more classes"),
-    ("--data unequal", "val has 2; not in both, or not in the run: ['c']"),
+    ("--data unequal", "val has 2; only in some of train, val and the run: ['c']"),
     ("--data file", "expected train/CLASS"),
     ("--data outer", "expected train/CLASS"), ("--output file --weights w.pt", "--output file"),
     ("--output file/below --weights w.pt", "--output file/below"),
@@ -3243,7 +3243,7 @@ def test_a_number_out_of_range_is_refused_by_name(flag, value, capsys):
     ("--output other --resume --weights w.pt", "is not a checkpoint"),
     ("--evaluate w.pt", "is not a checkpoint"),
     ("--model resnet18 --width 0.5", "--width: resnet18"),
-    ("--weights negative.pt", "--weights: do not work")])
+    ("--weights negative.pt", "--weights: the network's activations are NaN or infinite")])
 def test_bad_input_is_one_line_and_loses_nothing(
         argv, words, capsys, tmp_path, monkeypatch, few_patterns):
     monkeypatch.chdir(tmp_path)
@@ -3289,14 +3289,14 @@ def test_resuming_another_command_says_what_differs(pictures, fp32, tmp_path, ca
     (RuntimeError("DataLoader worker is killed; out of shared memory"), "--workers"),
     (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most "
                   "recent call last):\n  File ...\nRuntimeError: unable to write to file: No space "
-                  "left on device (28)\n"), "too much here (unable to write to file: No space left"),
+                  "left on device (28)\n"), "reduce or omit one (unable to write to file: No space"),
     (RuntimeError("InvalidCxxCompiler: none"), "--compile"),
     (RuntimeError("backend='inductor' raised: no triton"), "--compile"),
     (PermissionError(13, "Permission denied", "runs/x/last.pt"), "runs/x/last.pt")])
 def test_what_the_machine_lacks_is_told_with_the_flag_that_asks_for_it(
         error, words, capsys, monkeypatch):
     """And a bug of ours has its traceback."""
-    for job in ("train", "evaluate"):
+    for job in ("train", "stored_run"):
         monkeypatch.setattr(train, job, partial(fail, error))
     assert words in refusal(["--method", "fp32"], capsys)
     assert words in refusal(["--evaluate", "last.pt"], capsys)
@@ -4088,7 +4088,7 @@ def test_a_checkpoint_knows_its_classes_by_name(ab, capsys):
         assert tiny(capsys, "--data", data, "--evaluate", "run/last.pt") == (0, [])
     for flags in (["--output", "run", "--resume"], ["--evaluate", "run/last.pt"]):
         status, (line,) = tiny(capsys, "--data", other, *flags)
-        assert status == 2 and "not in the run: ['b', 'c']" in line
+        assert status == 2 and "train, val and the run: ['b', 'c']" in line
     for names, afresh in ((["a", "b"], False), (["a", "c"], True), (["b", "a"], True)):
         torch.manual_seed(1)
         model = train.build_model("mobilenet_v2_short", 2, "run/last.pt", classes=names)
@@ -4149,7 +4149,7 @@ def test_unreadable_and_black_pictures_are_told_once_with_the_reason_and_counted
     for line, words in zip(told, (
             "train/a/bad.jpg is not a readable picture (cannot identify",
             "train/b/empty.png is not a readable picture",
-            "train/b/float.tif is not a readable picture (floats, of a range that nothing tells)",
+            "train/b/float.tif is not a readable picture (float pixels of an unknown range)",
             "val/b/pipe.png is not a readable picture (not a regular file)")):
         assert words in line
 
@@ -4270,7 +4270,7 @@ def test_a_finished_run_is_scored_without_training_pictures(ab, capsys):
     torch.save(torch.load("q/last.pt", weights_only=True) | {"scored_bn": {}}, "unfinished.pt")
     assert "expected train/CLASS" in refusal(split("--evaluate unfinished.pt"), capsys)
     ab.rename("moved")
-    assert "--data ab: has no val/CLASS" in refusal(split("--evaluate q/last.pt"), capsys)
+    assert "--data ab: has no validation pictures" in refusal(split("--evaluate q/last.pt"), capsys)
 
 
 def test_statistics_of_scores_belong_to_the_weights_they_are_stored_with(ab, capsys, monkeypatch):
@@ -4360,7 +4360,7 @@ def test_processes_that_cannot_meet_are_one_line(environment, words, capsys, mon
         for key, value in environment.items():
             monkeypatch.setenv(key, value.format(port=taken.getsockname()[1]))
         line = refusal(["--method", "fp32"], capsys)
-    assert words in line and "the processes cannot meet" in line
+    assert words in line and "cannot join the processes" in line
 
 
 def test_an_empty_world_size_is_one_process_and_no_docstrings_are_needed(monkeypatch, capsys):
@@ -5039,8 +5039,8 @@ def bars(monkeypatch):
     return seen
 
 
-LONG = ["listing train", "listing val", "scoring", "batches to calibrate", "epoch 1/2",
-        "batches to bn", "epoch 2/2"]
+LONG = ["listing train", "listing val", "scoring", "training batches (calibrate)", "epoch 1/2",
+        "training batches (bn)", "epoch 2/2"]
 
 
 def test_in_a_file_long_work_prints_a_line_per_minute(pictures, fp32, tmp_path, bars, capsys):
@@ -5066,6 +5066,8 @@ def test_a_terminal_and_a_notebook_show_a_bar(notebook, pictures, fp32, tmp_path
     assert list(bars) == LONG and all(f"{title}: " in shown for title in LONG) and "\n" not in shown
     assert all("delay" not in options for options in bars.values())
     assert not shown.rpartition("\r")[2].strip()  # gone when it is done
+    monkeypatch.setattr(train, "rank", lambda: 1)
+    assert train.progress([], "of another process").disable
 
 
 @pytest.mark.parametrize("size", [(65_000, 1), (1, 12_000), (81, 10), (40, 10)])
