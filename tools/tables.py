@@ -305,6 +305,8 @@ def compared(groups: dict) -> list[dict]:
 
 def markdown(rows: list[dict]) -> str:
     """A table of these rows, which have the same keys."""
+    if not rows:
+        return "no runs"
     lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
