@@ -1142,7 +1142,7 @@ def test_binary_optimisation_finds_the_best_of_all_choices_together():
         upper = torch.tensor([choice >> k & 1 for k in range(8)])
         w_hat = torch.cat([s * (lower[:8] + upper), before.flatten()[8:]]).view(3, 4)
         losses.append(F.cross_entropy(F.linear(x, w_hat, layer.bias), labels).item())
-    for steps, words in ((400, None), (4, "4 steps need as many batches; there were 3")):
+    for steps, words in ((400, None), (4, "4 steps need as many batches; there were only 3")):
         if words:
             with pytest.raises(ValueError, match=words):
                 osc_qat.optimize_oscillating_weights(model, tracker, [(x, labels)] * 3, steps)
@@ -1336,7 +1336,7 @@ class Mixed(nn.Module):
         return self.head(x.mean((1, 2)))
 
 
-def in_powers_of_two(net):
+def in_powers_of_two(net, x):
     """Scales, BN and biases with which float32 sums are exact; all integers; some are frozen."""
     def powers(shape, low, high):
         return 2.0 ** torch.randint(low, high, shape)
@@ -1348,8 +1348,6 @@ def in_powers_of_two(net):
         w.data = q.usable_scale(w.dim()) * torch.randint(*limits, w.shape)
         layer.frozen.bernoulli_(0.3)
         layer.frozen_int.copy_(torch.randint(*limits, w.shape) * layer.frozen)
-        if layer.input_quantizer:
-            layer.input_quantizer.scale.data.log2_().round_().exp2_()
         if layer.bias is not None:
             layer.bias.data.mul_(4).round_()
     for bn in osc_qat.batch_norms(net).values():
@@ -1360,6 +1358,10 @@ def in_powers_of_two(net):
         bn.weight.data[::3] *= -1
         bn.bias.data.normal_().mul_(2).round_()
         bn.weight.data[4], bn.running_var[5] = 0, 2.0**60  # a channel that is off, one that vanishes
+    calibrate(net, [x])
+    for q in (layer.input_quantizer for layer in quant_layers(net).values()):
+        if q:
+            q.scale.data.log2_().round_().exp2_()
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -1369,13 +1371,13 @@ def test_the_file_has_the_networks_logits_bit_for_bit(onnx, bits, act_bits, tmp_
     act_bits = bits if act_bits == "as weights" else act_bits
     net = quantize_model(Mixed(), bits, act_bits, per_channel=bits % 2 == 1).eval()
     x = torch.randint(-32, 33, (16, 3, 16, 16)) / 16
-    calibrate(net, [x])
-    in_powers_of_two(net)
+    in_powers_of_two(net, x)
     with torch.no_grad():
         expected = net(x)
-    assert len(expected.unique()) > 16
+    assert len(expected.unique()) > 30
     for logits in logits_of_all_forms(net, x, (3, 16, 16)):
-        assert_same(logits, expected)
+        # Without input quantizers the sums grow beyond float32's 24 bits.
+        assert_close(logits, expected, rtol=0, atol=0 if act_bits else 1e-5)
     content = export.export_onnx(net, (3, 16, 16), {}, int4_runs())
     onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
     session(content, optimized=tmp_path / "optimized.onnx")
@@ -1431,12 +1433,12 @@ def test_a_bias_rounded_to_an_integer_moves_few_inputs_by_one_step(onnx):
         expected = net(x)
     for logits in logits_of_all_forms(net, x, (3, 12, 12)):
         steps = ((logits - expected) / last.input_quantizer.scale).abs()
-        assert steps.max() < 1.01 and (steps > 0.5).float().mean() < 2e-3
+        assert steps.max() < 1.01 and (steps > 0.5).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("name, bits, act_bits, in_integers, convolutions", [
     ("mobilenet_v2", 4, 4, 35, 52), ("mobilenet_v3_small", 8, 8, 14, 52),
-    ("mobilenet_v2_short", 3, 8, 16, 22), ("mobilenet_v2_short", 4, None, 0, 22)])
+    ("mobilenet_v2_short", 3, 8, 14, 22), ("mobilenet_v2_short", 4, None, 0, 22)])
 def test_the_runtime_computes_in_integers_where_a_quantizer_follows(
         name, bits, act_bits, in_integers, convolutions, onnx, tmp_path):
     """Nor is there anything left of BN, or of the weights' quantizers."""
@@ -2388,7 +2390,7 @@ def test_a_cure_without_low_bit_weights_or_with_few_steps_says_so(
         flags, told, pictures, fp32, tmp_path, capsys):
     assert train.main(qat(pictures, fp32, tmp_path, flags, "--steps 2")) == 0
     out = capsys.readouterr().out
-    assert told in out if told else "are few" not in out and "acts like" not in out
+    assert told in out if told else "are few" not in out and "like lsq" not in out
 
 
 def test_the_float_score_is_taken_before_and_calibration_sees_four_batches(tiny_run, monkeypatch):
@@ -2758,7 +2760,7 @@ def saved(content):
     return file.getvalue()
 
 
-NO_STATE = "is not a file of torch.save(model.state_dict()) ("
+NO_STATE = "is not a file of torch.save(model.state_dict())"
 FOREIGN = {  # by what a file of weights holds, and what it is told; None: it is read
     "prefixes": (lambda net: {"model": renamed(net, "_orig_mod.module.")}, None),
     "half": (lambda net: changed(net, torch.Tensor.half), None),
@@ -2772,8 +2774,8 @@ FOREIGN = {  # by what a file of weights holds, and what it is told; None: it is
                                           "arguments": argparse.Namespace()}, None),
     "ema.": (lambda net: renamed(net, "ema."), "no ema.features.0.0.weight, "),
     "integers": (lambda net: changed(net, torch.Tensor.char), "0.0.weight holds other values"),
-    "8 bits": (lambda net: changed(net, lambda t: t.to(torch.float8_e4m3fn)), "holds other values than"),
-    "NaN": (lambda net: changed(net, lambda t: t * math.nan), "holds other values than"),
+    "8 bits": (lambda net: changed(net, lambda t: t.to(torch.float8_e4m3fn)), "than finite floats"),
+    "NaN": (lambda net: changed(net, lambda t: t * math.nan), "than finite floats"),
     "another key": (lambda net: {"net": net.state_dict()}, "expected a state dict of tensors"),
     "text": (lambda net: {"a": "b"}, "expected a state dict of tensors"),
     "another network": (lambda net: nn.Sequential(nn.Linear(2, 3)).state_dict(), "tensors differ"),
@@ -2915,7 +2917,7 @@ def test_processes_train_on_parts_of_the_same_batches_and_re_estimate_bn_on_all_
         assert_same(other, for_bn[0])
     monkeypatch.setattr(train, "generate_patterns", lambda part, number: (
         torch.zeros(9, 3, 2, 2), torch.zeros(9)))
-    with pytest.raises(train.UserError, match="2 or more training pictures a process"):
+    with pytest.raises(train.UserError, match="fewer than 2 pictures per process"):
         start(None)
 
 
@@ -3241,7 +3243,7 @@ def test_a_number_out_of_range_is_refused_by_name(flag, value, capsys):
     ("--output other --resume --weights w.pt", "is not a checkpoint"),
     ("--evaluate w.pt", "is not a checkpoint"),
     ("--model resnet18 --width 0.5", "--width: resnet18"),
-    ("--weights negative.pt", "activations are NaN or infinite on these")])
+    ("--weights negative.pt", "--weights: the network's activations are NaN or infinite")])
 def test_bad_input_is_one_line_and_loses_nothing(
         argv, words, capsys, tmp_path, monkeypatch, few_patterns):
     monkeypatch.chdir(tmp_path)
@@ -3294,7 +3296,7 @@ def test_resuming_another_command_says_what_differs(pictures, fp32, tmp_path, ca
 def test_what_the_machine_lacks_is_told_with_the_flag_that_asks_for_it(
         error, words, capsys, monkeypatch):
     """And a bug of ours has its traceback."""
-    for job in ("train", "evaluate"):
+    for job in ("train", "stored_run"):
         monkeypatch.setattr(train, job, partial(fail, error))
     assert words in refusal(["--method", "fp32"], capsys)
     assert words in refusal(["--evaluate", "last.pt"], capsys)
@@ -3327,6 +3329,7 @@ def test_benchmark_times_all_methods_in_turn(flags, few_patterns, tmp_path, monk
     monkeypatch.setattr(benchmark, "time", argparse.Namespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(torch, "compile", lambda model: nn.Sequential(model))
     cost = {"fp32": 2, "lsq": 4, "dampen": 6, "freeze": 8}
+    monkeypatch.setattr(train, "METHODS", {name: train.METHODS[name] for name in cost})
 
     def watched(run, images, labels):
         assert images.shape == (2, 3, 32, 32) and run.args.model == "mobilenet_v2_short"
@@ -4085,7 +4088,7 @@ def test_a_checkpoint_knows_its_classes_by_name(ab, capsys):
         assert tiny(capsys, "--data", data, "--evaluate", "run/last.pt") == (0, [])
     for flags in (["--output", "run", "--resume"], ["--evaluate", "run/last.pt"]):
         status, (line,) = tiny(capsys, "--data", other, *flags)
-        assert status == 2 and "the run: ['b', 'c']" in line
+        assert status == 2 and "train, val and the run: ['b', 'c']" in line
     for names, afresh in ((["a", "b"], False), (["a", "c"], True), (["b", "a"], True)):
         torch.manual_seed(1)
         model = train.build_model("mobilenet_v2_short", 2, "run/last.pt", classes=names)
@@ -4146,7 +4149,7 @@ def test_unreadable_and_black_pictures_are_told_once_with_the_reason_and_counted
     for line, words in zip(told, (
             "train/a/bad.jpg is not a readable picture (cannot identify",
             "train/b/empty.png is not a readable picture",
-            "train/b/float.tif is not a readable picture (float pixels of an unknown",
+            "train/b/float.tif is not a readable picture (float pixels of an unknown range)",
             "val/b/pipe.png is not a readable picture (not a regular file)")):
         assert words in line
 
@@ -4267,7 +4270,7 @@ def test_a_finished_run_is_scored_without_training_pictures(ab, capsys):
     torch.save(torch.load("q/last.pt", weights_only=True) | {"scored_bn": {}}, "unfinished.pt")
     assert "expected train/CLASS" in refusal(split("--evaluate unfinished.pt"), capsys)
     ab.rename("moved")
-    assert "--data ab: has no val/CLASS" in refusal(split("--evaluate q/last.pt"), capsys)
+    assert "--data ab: has no validation pictures" in refusal(split("--evaluate q/last.pt"), capsys)
 
 
 def test_statistics_of_scores_belong_to_the_weights_they_are_stored_with(ab, capsys, monkeypatch):
@@ -4331,7 +4334,8 @@ def test_a_notebook_runs_the_script_to_its_end_and_ctrl_c_reaches_it(ab, monkeyp
     time.sleep(0.3)
     with pytest.raises(KeyboardInterrupt):
         sys.unraisablehook(argparse.Namespace(exc_type=KeyboardInterrupt))
-        time.sleep(60)
+        for _ in range(600):  # the signal does not cut a sleep short
+            time.sleep(0.1)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -4613,21 +4617,11 @@ def test_each_tool_runs_as_a_script_that_ctrl_c_ends_with_one_line(name, monkeyp
 
 # --- tools/tables.py: the numbers of the READMEs --------------------------------------------------
 
-def test_t_quantiles_leave_a_fortieth_of_the_density_above():
-    """As interval uses them: the square root of F's quantile with one degree of freedom above."""
-    for freedom in range(1, 30):
-        quantile = math.sqrt(tables.f_quantile(0.95, 1, freedom))
-        x = torch.linspace(0, quantile, 100001, dtype=torch.float64)
-        scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2)
-        scale /= math.sqrt(freedom * math.pi)
-        density = scale * (1 + x * x / freedom) ** (-(freedom + 1) / 2)
-        assert abs(torch.trapezoid(density, x).item() - 0.475) < 1e-6, freedom
-
-
 @pytest.mark.parametrize("share, above, below, printed", [
     (0.95, 1, 8, 5.318), (0.95, 2, 10, 4.103), (0.95, 5, 5, 5.050), (0.95, 11, 11, 2.818),
     (0.95, 20, 12, 2.544), (0.95, 24, 24, 1.984), (0.99, 3, 60, 4.126), (0.95, 120, 120, 1.352)])
 def test_f_quantiles_are_those_of_printed_tables(share, above, below, printed):
+    """And so Student's: 5.318 is the square of 2.306."""
     assert tables.f_quantile(share, above, below) == pytest.approx(printed, abs=6e-4)
 
 
@@ -4781,7 +4775,7 @@ def test_what_quantization_costs_is_paired_by_seed_and_correlated_over_settings(
 
 
 def test_the_picture_of_the_claims_shows_each_interval_in_standard_errors(tmp_path, monkeypatch):
-    """To the right as stated; in the colour of its side; grey if it contains 0 or runs are missing."""
+    """To the right as stated; in the colour of its side, grey if it contains 0."""
     pytest.importorskip("matplotlib", reason="matplotlib is optional")
     figures, real = [], tables.picture
 
@@ -4821,7 +4815,7 @@ def test_the_picture_of_the_claims_shows_each_interval_in_standard_errors(tmp_pa
     ["--method=lsq", "--model=mobilenet_v2", "--data=CIFAR", "--bits=4"]])
 @pytest.mark.parametrize("given, shown", [
     ("", ""), ("--seed 3 --output X --workers 1 --weights W --checkpoint-every 7", ""),
-    ("--lambda 0.30 3e-1 --threshold .008 0.0080", "--threshold 0.008 0.008 --lambda 0.3 0.3"),
+    ("--lambda 0.30 3e-1 --threshold .008 0.0080", "--lambda 0.3 0.3 --threshold 0.008 0.008"),
     ("--per-channel --estimator ewgs --weight-decay 0.000025",
      "--estimator ewgs --per-channel --weight-decay 2.5e-05"), ("--steps 1000", "--steps 1000")])
 def test_flags_that_differ_are_shown_in_one_way(recipe, given, shown):
@@ -4872,49 +4866,45 @@ def test_slow_reversals_and_weights_at_the_thresholds_are_counted(per_channel):
 
 
 def test_finished_runs_become_rows_and_anything_else_is_one_line(tmp_path, monkeypatch, capsys):
+    """A new run takes the place of the row of its name; all other rows stay."""
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     (tmp_path / "figures").mkdir()
     assert re.fullmatch(r"python -m tools\.tables: \S+runs\.csv: cannot be read; --collect.*",
                         refusal([], capsys, tables.main))
-    runs = [tmp_path / "a" / name for name in ("w3-odd-seed2", "control-seed1", "w3-lsq-seed1")]
-    low = ["--bits=3", "--act-bits=32"]
-    made_up_run(runs[0], "--method=random", "--seed=2", "--threshold", ".008", ".008", *low)
-    made_up_run(runs[1], "--method=fp32", "--seed=1", "--weights=W", "--epochs=3")
-    made_up_run(runs[2], "--method=lsq", "--seed=1", "--data=photos/CIFAR", "--lr=0.5",
-                "--model=mobilenet_v2_short", *low)
-    path = tmp_path / "figures/runs.csv"
-    assert tables.main(["--collect", *map(str, runs)]) == 0
+    low, path = ["--bits=3", "--act-bits=32"], tmp_path / "figures/runs.csv"
+    runs = [made_up_run(tmp_path / "w3-odd-seed2", "--method=random", "--seed=2",
+                        "--threshold", ".008", ".008", *low),
+            made_up_run(tmp_path / "control-seed1", "--method=fp32", "--weights=W", "--epochs=3"),
+            made_up_run(tmp_path / "w3-lsq-seed1", "--method=lsq", "--data=photos/CIFAR",
+                        "--lr=0.5", "--model=mobilenet_v2_short", *low),
+            made_up_run(tmp_path / "fp32-seed1", "--method=fp32")]
+    assert tables.main(split("--collect", *runs)) == 0
     written = path.read_bytes()
     for more in ([], runs[:1], runs[::-1]):
         assert tables.main(split("--collect", *more) if more else []) == 0
         assert path.read_bytes() == written
     rows = list(csv.DictReader(written.decode().splitlines()))
-    keys = ("run", "data", "method", "seed", "flags", "steps", "oscillating", "fp32_top1", "torch",
-            "threads")
+    keys = ("run", "data", "method", "seed", "flags", "oscillating")
     assert [[row[key] for key in keys] for row in rows] == [
-        ["control-seed1", "patterns", "control", "1", "--epochs 3", "768", "", "0.333333", "9.8.7",
-         "5"],
-        ["w3-lsq-seed1", "CIFAR", "lsq", "1", "--lr 0.5", "768", "0.333333", "0.333333", "9.8.7",
-         "5"],
-        ["w3-odd-seed2", "patterns", "random", "2", "--threshold 0.008 0.008", "768", "0.333333",
-         "0.333333", "9.8.7", "5"]]
-    assert [row["near_threshold"] == "" for row in rows] == [True, False, False]
-    (tmp_path / "unfinished").mkdir()
-    made_up_run(tmp_path / "broken", "--method=lsq")
-    (tmp_path / "broken/last.pt").write_bytes(b"PK")
-    made_up_run(tmp_path / "b/w3-lsq-seed1", "--method=lsq", "--seed=1")
-    capsys.readouterr()
-    for folder, words in (("unfinished", "not a finished run"), ("broken", "not a finished run"),
-                          ("b/w3-lsq-seed1", "second run of this name")):
-        line = refusal(["--collect", runs[2], tmp_path / folder], capsys, tables.main)
-        assert words in line and path.read_bytes() == written
-        assert line.startswith(f"python -m tools.tables: --collect {tmp_path / folder}: ")
-    # A new run of the same name takes the place of the old one; the other rows stay.
-    assert tables.main(["--collect", str(tmp_path / "b/w3-lsq-seed1")]) == 0
+        ["control-seed1", "patterns", "control", "0", "--epochs 3", ""],
+        ["fp32-seed1", "patterns", "fp32", "0", "", ""],
+        ["w3-lsq-seed1", "CIFAR", "lsq", "0", "--lr 0.5", "0.333333"],
+        ["w3-odd-seed2", "patterns", "random", "2", "--threshold 0.008 0.008", "0.333333"]]
+    for row in rows:
+        assert (row["steps"], row["torch"], row["threads"]) == ("768", "9.8.7", "5")
+        assert row["fp32_top1"] == "0.333333" and (row["near_threshold"] == "") == (
+            row["method"] in ("control", "fp32"))
+    other = made_up_run(tmp_path / "b/w3-lsq-seed1", "--method=lsq", "--seed=1")
+    broken = made_up_run(tmp_path / "broken", "--method=lsq")
+    (broken / "last.pt").write_bytes(b"PK")
+    for folder, words in ((tmp_path, "not a finished run"), (broken, "not a finished run"),
+                          (other, "second run of this name")):
+        line = refusal(["--collect", runs[2], folder], capsys, tables.main)
+        assert line.startswith(f"python -m tools.tables: --collect {folder}: ") and words in line
+        assert path.read_bytes() == written
+    assert tables.main(["--collect", str(other)]) == 0
     after = list(csv.DictReader(path.read_text().splitlines()))
-    assert [after[0], after[2]] == [rows[0], rows[2]] and after[1]["data"] == "patterns"
-    made_up_run(tmp_path / "fp32-seed1", "--method=fp32", "--seed=1")  # without weights
-    assert tables.read_run(tmp_path / "fp32-seed1")["method"] == "fp32"
+    assert after[2]["data"] == "patterns" and after[:2] + after[3:] == rows[:2] + rows[3:]
 
 
 def test_tables_are_written_between_their_markers_and_nowhere_else(tmp_path, monkeypatch):
@@ -4949,7 +4939,8 @@ def test_the_runs_of_a_group_differ_in_their_seeds_only_and_no_seed_was_added():
     settings = {}
     for row in rows:
         group = row["run"].removesuffix(f"-seed{row['seed']}")
-        photographs, second = row["data"] == "CIFAR", "second-" in group
+        photographs = row["data"] == "CIFAR"
+        second = "second-" in group and not (photographs and row["method"] == "fp32")
         last = (62 if photographs else 74) if second else 6 if photographs else 9
         assert (51 if second else 1) <= int(row["seed"]) <= last
         settings.setdefault(group, set()).add(tuple(row[key] for key in (
@@ -5049,8 +5040,8 @@ def bars(monkeypatch):
     return seen
 
 
-LONG = ["listing train", "listing val", "scoring", "batches to calibrate", "epoch 1/2",
-        "batches to bn", "epoch 2/2"]
+LONG = ["listing train", "listing val", "scoring", "training batches (calibrate)", "epoch 1/2",
+        "training batches (bn)", "epoch 2/2"]
 
 
 def test_in_a_file_long_work_prints_a_line_per_minute(pictures, fp32, tmp_path, bars, capsys):
@@ -5076,6 +5067,8 @@ def test_a_terminal_and_a_notebook_show_a_bar(notebook, pictures, fp32, tmp_path
     assert list(bars) == LONG and all(f"{title}: " in shown for title in LONG) and "\n" not in shown
     assert all("delay" not in options for options in bars.values())
     assert not shown.rpartition("\r")[2].strip()  # gone when it is done
+    monkeypatch.setattr(train, "rank", lambda: 1)
+    assert train.progress([], "of another process").disable
 
 
 @pytest.mark.parametrize("size", [(65_000, 1), (1, 12_000), (81, 10), (40, 10)])

@@ -60,7 +60,7 @@ METHODS = {"fp32": dict(quantizes=False, dampens=False, freezes=False),
            "freeze": dict(quantizes=True, dampens=False, freezes=True)}
 # For ImageNet. threshold (f_th) and lambda_ are START and END. min_crop, which has no flag, is the
 # smallest share of a picture's area in a random crop. BN's momentum is the released code's.
-# Paper silent on m, the momentum of f: 0.001 as released.
+# Paper silent: m, the momentum of f. It is 0.001, as released.
 IMAGENET = dict(epochs=90, threshold=[0.1, 0.01], lambda_=[0.0, 0.1], lr_floor=0.0, scale_lr=1e-5,
                 bn_momentum=0.1, osc_momentum=0.001, batch_size=128, image_size=224, min_crop=0.08)
 # The released code's settings, by network, cure and bits.
@@ -78,7 +78,7 @@ PUBLISHED = {
     ("efficientnet_lite0", "freeze", 3): dict(lr=0.01, weight_decay=5e-5, threshold=[0.1, 0.005])}
 # For the short networks, and for all networks on the generated patterns: found by experiment, on
 # seeds and pictures that no result rests on (figures/README.md).
-# Paper silent on m: 0.005, since 10^3 steps need a shorter memory than ImageNet's 10^5.
+# Paper silent: m. It is 0.005, since 10^3 steps need a shorter memory than 10^5.
 SHORT = dict(lr=0.05, weight_decay=2.5e-5, epochs=3, threshold=[0.03, 0.008], lambda_=[0.0, 0.3],
              lr_floor=0.1, scale_lr=1e-4, bn_momentum=0.02, osc_momentum=0.005, batch_size=64,
              image_size=20, min_crop=0.95)
@@ -117,8 +117,7 @@ def schedule(args: argparse.Namespace, progress: float) -> tuple[float, float, f
     lambda_ = cosine_anneal(*args.lambda_, progress) if method["dampens"] else 0.0
     # As released: an annealed f_th acts after a quarter of training, a constant one from step 0.
     start, end = args.threshold
-    waits = 0.0 if start == end else 0.25
-    freezes = method["freezes"] and progress >= waits
+    freezes = method["freezes"] and (start == end or progress >= 0.25)
     return lr, lambda_, cosine_anneal(start, end, progress) if freezes else None
 
 
@@ -421,7 +420,7 @@ class Run:
         order = torch.randperm(len(self.train_set), generator=generator(self.args.seed, key))
         size = min(self.args.batch_size, len(order) // self.args.processes) * self.args.processes
         if size < 2 * world_size():
-            raise UserError(f"--data {self.args.data}: has less than 2 training pictures a process")
+            raise UserError(f"--data {self.args.data}: train has fewer than 2 pictures per process")
         return order[:len(order) - len(order) % size].split(size)
 
     def epoch_batches(self, epoch: int, start: int = 0, stop: int | None = None):
@@ -434,7 +433,7 @@ class Run:
         passes = (self.shuffled_batch_indices(f"{purpose} {k}") for k in count())
         batches = list(islice(chain.from_iterable(passes), number))
         return progress(self.load(self.train_set, batches, f"{purpose} 0"),
-                        f"batches to {purpose}", number)
+                        f"training batches ({purpose})", number)
 
     def load(self, data: "Pictures", batches: list[Tensor], key: int | str = 0) -> Iterator:
         """One pass over a data set, in batches of indices: images (N, 3, H, W), labels (N,).
@@ -675,7 +674,7 @@ def use_same_padding(model: nn.Module) -> None:
 def efficientnet_lite0(num_classes: int) -> nn.Module:
     """torchvision's EfficientNet-B0 without squeeze-excite, with ReLU6.
 
-    Paper silent on stochastic depth: off, so that dropout is the only random part of a network.
+    Paper silent: stochastic depth. It is off, so that dropout is the only random part of a network.
     """
     model = torchvision.models.efficientnet_b0(num_classes=num_classes, stochastic_depth_prob=0.0)
     for parent in list(model.modules()):
@@ -803,9 +802,8 @@ def read_weights(path: str, name: str) -> tuple[dict, dict, list[str] | None]:
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
-# Arguments that do not change the training; they may differ on --resume.
+# Arguments that do not change the training. They may differ on --resume, and --data as well.
 WHERE_AND_HOW = {"output", "resume", "workers", "device", "checkpoint_every"}
-MAY_DIFFER = WHERE_AND_HOW | {"data"}
 CHECKPOINT_KEYS = {"arguments", "preprocessing", "dataset_info", "model", "optimizers"}  # and more
 OLD_KEYS = {"inputs": "preprocessing", "facts": "dataset_info"}
 
@@ -825,15 +823,14 @@ def read_file(path: str | Path, flag: str) -> dict:
 
 def save_atomically(path: Path, content: bytes, flag: str = "--output") -> None:
     """Writes beside `path` and renames: a kill or a full disk leaves the previous file whole."""
-    part = Path(f"{path}.part")  # a killed run may have left one
     with user_error(f"{flag} {path}: cannot be written", OSError):
         path = Path(os.path.realpath(path))
-        part = path.with_name(f".{path.name}.unfinished")  # a killed run's is written over
+        part = path.with_name(f".{path.name}.unfinished")  # a killed run may have left one
         try:
             part.write_bytes(content)
             os.replace(part, path)
         except OSError as error:
-            if error.errno != errno.EBUSY:
+            if error.errno != errno.EBUSY:  # a mounted file cannot be replaced
                 raise
             path.write_bytes(content)
         finally:
@@ -875,12 +872,12 @@ def checkpoint_to_resume(args: argparse.Namespace) -> tuple[dict | None, bool]:
     if not args.resume and not summary.exists():
         raise UserError(f"--output {args.output}: holds an unfinished run; --resume goes on")
     checkpoint = read_file(last, "--output")
-    old, may_differ = checkpoint["arguments"], MAY_DIFFER if args.resume else WHERE_AND_HOW
+    old, may_differ = checkpoint["arguments"], WHERE_AND_HOW | ({"data"} if args.resume else set())
     differ = [f"--{key.strip('_').replace('_', '-')} {old.get(key)} there, {value} here"
               for key, value in vars(args).items()
               if key not in may_differ and old.get(key) != value]
     if differ:
-        there = "; ".join(differ).replace("--processes", "torchrun's number of processes")
+        there = "; ".join(differ).replace("--processes", "torchrun's number of processes:")
         raise UserError(f"--output {last}: holds a run of another command: {there}; choose another "
                         "--output (a longer training is a new run from the float --weights, since "
                         "the learning rate of this one has already fallen)")
@@ -968,14 +965,6 @@ def stored_run(path: str, flag: str, args: argparse.Namespace) -> Run:
     return Run(argparse.Namespace(**flags), checkpoint)
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    """Prints a checkpoint's scores before and after BN re-estimation.
-
-    The batches are those of the last epoch's re-estimation, so BN gets the same statistics.
-    """
-    print(json.dumps(scores(stored_run(args.evaluate, "--evaluate", args))))
-
-
 # --- Command line ---------------------------------------------------------------------------------
 
 def within(low: float, high: float, kind: type = int):
@@ -1014,20 +1003,11 @@ def one_line_parser(description: str, **options) -> argparse.ArgumentParser:
     return p
 
 
-HELP = """Train a network with quantized weights, with and without oscillations.
-
-Defaults depend on method, bits, network and data: append --help to a command to print its own."""
-EXAMPLES = """examples:
-  python train.py --method freeze --bits 4                 on generated pictures
-  python train.py --method fp32 --data DIR                 in float, on your pictures (train/CLASS/*
-                                                           and val/CLASS/*), ...
-  python train.py --method lsq --data DIR --weights runs/FLOAT/last.pt        ... and then quantized
-  torchrun --nproc_per_node=8 train.py --data IMAGENET --batch-size 16 --resume   on several GPUs"""
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments; a flag that the command line leaves out takes its value from the recipe."""
-    p = one_line_parser(HELP, epilog=EXAMPLES, usage="%(prog)s [flags]", add_help=False)
+    p = one_line_parser("Defaults depend on method, bits, network and data: append --help to a "
+                        "command to print its own.", epilog=__doc__, usage="%(prog)s [flags]",
+                        add_help=False)
     what, data, how, where, other = (p.add_argument_group(title).add_argument for title in (
         "what to train", "on what", "recipe", "where and how it runs", "other jobs"))
     network_flags(what, data)
@@ -1139,7 +1119,8 @@ def work(args: argparse.Namespace) -> None:
         if rank() > 0:  # the first process prints for all
             sys.stdout = open(os.devnull, "w")
     if args.evaluate:
-        return evaluate(args)
+        # Its batches are those of the last epoch's re-estimation, so BN gets the same statistics.
+        return print(json.dumps(scores(stored_run(args.evaluate, "--evaluate", args))))
     if METHODS[args.method]["quantizes"] and not args.weights and args.epochs:
         job = parse(["--method=fp32", "--resume", f"--model={args.model}", f"--width={args.width}",
                      f"--seed={args.seed}", f"--image-size={args.image_size}",

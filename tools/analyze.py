@@ -143,7 +143,7 @@ def distance_shares(run: Run, layers: list[str]) -> Tensor:
 
     Weights beyond the grid are in no bin, so the sum can be below 100.
     """
-    distance = torch.cat([(layer.weight_int() - layer.weight_u().detach()).flatten().cpu()
+    distance = torch.cat([(layer.weight_int() - layer.weight_in_steps().detach()).flatten().cpu()
                           for layer in map(run.tracker.layers.get, layers)])
     return 100 * torch.histc(distance, BINS, -0.5, 0.5) / distance.numel()
 
@@ -159,7 +159,7 @@ def record(run: Run, layers: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
         for name in layers:
             layer = run.tracker.layers[name]
             states[name].append((layer.weight_int().flatten(1).char().cpu(),
-                                 layer.weight_u().detach().flatten(1).cpu()))
+                                 layer.weight_in_steps().detach().flatten(1).cpu()))
     return {name: tuple(map(torch.stack, zip(*each))) for name, each in states.items()}
 
 

@@ -155,8 +155,8 @@ class Graph:
             node.op_type == "Constant" else None
 
     def constant(self, name: str, value: np.ndarray, four_bits: bool = False) -> str:
-        """Adds a tensor; returns its name, a longer one for a layer that the network calls twice."""
-        while name in self.tensors:
+        """Adds a tensor; returns its name, a longer one if that is taken (a layer called twice)."""
+        while name in self.tensors or self.producer(name):
             name += "_"
         tensor = self.tensors[name] = onnx.numpy_helper.from_array(np.asarray(value), name)
         if four_bits:  # two integers a byte, the lower half first

@@ -47,7 +47,7 @@ def flags_that_differ(args: dict) -> str:
              if args[key] is not None and not (args["method"] == "fp32" and "bits" in key)]
     usual, words = vars(controls.parse(known)), []
     no_setting = {*RECIPE_KEYS, *train.WHERE_AND_HOW, "seed", "weights", "processes"}
-    for key, value in args.items():
+    for key, value in sorted(args.items()):
         if key not in no_setting and value != usual.get(key, value):
             values = [] if value is True else value if isinstance(value, list) else [value]
             words += [f"--{key.strip('_').replace('_', '-')}",
