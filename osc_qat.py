@@ -391,9 +391,10 @@ def check_quantizable(model: nn.Module, names: dict[nn.Module, list[str]]) -> No
         shared = weight is not None and sum(p is weight for p in own) > 1
         padding = getattr(layer, "padding_mode", "zeros")
         # The quantized layer would lose hooks, and a `forward` that was assigned to this object.
-        hooks = any(it for key, it in vars(layer).items() if key.endswith("_hooks"))
+        known = type(layer) in SWAPS
+        hooks = known and any(it for key, it in vars(layer).items() if key.endswith("_hooks"))
         changed = hooks or "forward" in vars(layer)
-        if type(layer) not in SWAPS or weight is None or shared or padding != "zeros" or changed:
+        if not known or weight is None or shared or padding != "zeros" or changed:
             note = ", shared weight" * shared + ", hooks" * hooks
             unfit.append(f"{name} ({type(layer).__name__}{note})")
     if unfit:

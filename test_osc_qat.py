@@ -163,25 +163,6 @@ def test_quantizer_and_both_gradients_are_eq_1_eq_2_and_lsq(bits, signed, per_ch
     assert_close(scale.grad, loop_s.sum_to_size(scale.shape))
 
 
-@GRIDS
-@PER_CHANNEL
-def test_forward_and_straight_through_gradient_are_those_of_torch(bits, signed, per_channel):
-    """Eq. 1, Eq. 2; off thresholds (torch has x * (1/s)) and limits (its mask is n - 1/2 <= u)."""
-    q = Quantizer(bits, signed, 4 * per_channel)
-    q.scale.data.uniform_(0.05, 0.5)
-    n, p = q.int_min, q.int_max
-    w_int, gap = torch.randint(n - 3, p + 4, (4, 200)), 0.9 * torch.rand(4, 200) - 0.45
-    u = w_int + torch.where(w_int == n, gap.abs(), torch.where(w_int == p, -gap.abs(), gap))
-    x = (u * q.usable_scale(2)).detach().requires_grad_()
-    if per_channel:
-        zeros = torch.zeros(4, dtype=torch.int32)
-        theirs = torch.fake_quantize_per_channel_affine(x, q.scale.detach(), zeros, 0, n, p)
-    else:
-        theirs = torch.fake_quantize_per_tensor_affine(x, q.scale.item(), 0, n, p)
-    assert_close(q(x), theirs)
-    assert_close(*[torch.autograd.grad(y.square().sum(), x)[0] for y in (q(x), theirs)])
-
-
 @pytest.mark.parametrize("estimator", ["ste", "dsq"])
 def test_gradients_are_difference_quotients_of_what_each_estimator_stands_for(estimator):
     """A.1: STE is the slope of clip(u), DSQ that of a staircase of tanh; LSQ holds the gap."""
@@ -293,48 +274,34 @@ def test_the_order_of_a_tensor_in_memory_changes_no_gradient(of_x, of_g):
     assert_close(x.grad, g * inside)
 
 
-@PER_CHANNEL
-@pytest.mark.parametrize("bits, signed", [(2, True), (3, True), (4, False), (8, True)])
-def test_initial_scale_is_the_best_of_a_dense_search(bits, signed, per_channel):
-    """Section 4: scales are MSE-initialised."""
-    q, w = Quantizer(bits, signed, 3 * per_channel), torch.randn(3, 2000)
-    w = (w if signed else w.relu()) * (torch.tensor([[0.01], [1], [30]]) if per_channel else 0.1)
+@pytest.mark.parametrize("bits, signed, values, excess", [
+    (2, True, 2000, 0.01), (3, True, 2000, 0.01), (4, False, 2000, 0.01), (8, True, 2000, 0.01),
+    (2, True, 9, 0.05), (4, True, 32, 0.05), (8, True, 9, 0.05), (8, True, 144, 0.05)])
+def test_initial_scale_is_the_best_of_a_dense_search(bits, signed, values, excess):
+    """Section 4: scales are MSE-initialized. A depthwise channel has only nine values."""
+    size = torch.tensor([0.01, 1, 30]).repeat(1 if values == 2000 else 5).view(-1, 1)
+    w = size * torch.randn(len(size), values)
+    w = w if signed else w.relu()
+    q = Quantizer(bits, signed, len(w))
     q.initialize(w)
-    for channel, x in enumerate(w if per_channel else w.view(1, -1)):
-        s = x.abs().max() / q.int_max * torch.linspace(0.002, 1.5, 1000).view(-1, 1)
+    for ours, x in zip((q(w) - w).square().sum(1), w):
+        s = x.abs().max() / q.int_max * torch.linspace(0.002, 2, 3000).view(-1, 1)
         errors = ((x / s).round().clamp(q.int_min, q.int_max) * s - x).square().sum(1)
-        ours = fake_quantize(x, q.scale[channel], q.int_min, q.int_max)
-        assert (ours - x).square().sum() <= 1.01 * errors.min()
-    q.initialize(torch.zeros(3, 5))
-    assert (q.scale == 1).all()
-    q.initialize(torch.full((3, 5), 1e-20))
-    assert (q.scale > 0).all()
+        assert ours <= (1 + excess) * errors.min()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 7, 8])
-@pytest.mark.parametrize("values", [9, 32, 144])
-def test_initial_scale_of_few_values_is_within_5_percent_of_a_dense_search(bits, values):
-    """Section 4: a depthwise channel has nine values; at 8 bits the error has many minima."""
-    q, w = Quantizer(bits, per_channel=20), torch.randn(20, values)
-    q.initialize(w)
-    ours = (q(w) - w).square().sum(1)
-    for error, x in zip(ours, w):
-        s = x.abs().max() / q.int_max * torch.linspace(0.002, 2, 5000).view(-1, 1)
-        errors = ((x / s).round().clamp(q.int_min, q.int_max) * s - x).square().sum(1)
-        assert error <= 1.05 * errors.min() + 1e-12
-
-
-def test_the_search_finds_a_step_of_1_75_times_max_over_p():
-    """Section 4: 0.1, 0.2, 0.3, 0.4 lie on a grid of step 0.1, whose 7 steps reach 0.7."""
-    q = Quantizer(4)
-    q.initialize(0.1 * torch.tensor([1.0, 2, 3, 4]))
-    assert q.scale.item() == pytest.approx(0.1)
-
-
-def test_a_channel_of_zeros_keeps_scale_1_and_others_find_theirs():
-    q, x = Quantizer(4, per_channel=2), torch.stack([torch.zeros(8), 0.25 * torch.arange(8)])
+@pytest.mark.parametrize("step, integers", [(0.1, [1, 2, 3, 4]), (0.25, range(8)), (1, [0, 0])])
+def test_the_initial_scale_is_the_step_of_values_on_a_grid_and_1_for_zeros(step, integers):
+    """Section 4: the 7 steps of a grid of step 0.1 reach 0.7, 1.75 times the largest value."""
+    q, x = Quantizer(4, per_channel=2), torch.zeros(2, len(integers))
+    x[1] = step * torch.tensor(integers)
     q.initialize(x)
-    assert q.scale.tolist() == [1, 0.25]
+    assert q.scale.tolist() == pytest.approx([1, step])
+    alone = Quantizer(4)
+    alone.initialize(x[1])
+    assert alone.scale.item() == pytest.approx(step)
+    alone.initialize(torch.full((3, 5), 1e-20))
+    assert alone.scale > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -555,22 +522,17 @@ ODD = {"Conv1d": lambda: nn.Conv1d(2, 2, 1), "Conv3d": lambda: nn.Conv3d(2, 2, 1
            nn.Sequential(nn.Linear(2, 2)), 4)[0],
        "ParametrizedConv2d": lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 1)),
        "Linear": lambda: old_weight_norm(nn.Linear(2, 2)),
-       "Conv2d": lambda: nn.Conv2d(2, 2, 1, padding_mode="reflect")}
+       "Conv2d": lambda: nn.Conv2d(2, 2, 1, padding_mode="reflect"),
+       "Linear, hooks": lambda: hooked("register_forward_pre_hook"),
+       "Conv2d, hooks": lambda: hooked("register_full_backward_hook", nn.Conv2d(2, 2, 1))}
 
 
-def hooked(register):
-    layer = nn.Linear(2, 2)
+def hooked(register, layer=None):
+    layer = layer or nn.Linear(2, 2)
     getattr(layer, register)(lambda *_: None)
     return layer
 
 
-@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook",
-                                      "register_full_backward_hook"])
-def test_a_layer_with_hooks_is_refused_since_its_quantized_layer_would_lose_them(register):
-    net = nn.Sequential(nn.Linear(2, 2), hooked(register))
-    with pytest.raises(ValueError, match=r"1 \(Linear, hooks\).*hooks after quantize_model"):
-        quantize_model(net, 3)
-    assert type(net[0]) is nn.Linear
 
 
 def test_a_further_kind_of_layer_is_one_product_and_one_entry(monkeypatch):
@@ -594,7 +556,7 @@ def test_a_further_kind_of_layer_is_one_product_and_one_entry(monkeypatch):
 def test_what_cannot_be_quantized_is_refused_by_name(kind):
     """Section 4: in float without a word, "first" or "last" would fall on another layer."""
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Sequential(ODD[kind]()))
-    with pytest.raises(ValueError, match=rf"cannot quantize 2\.0 \({kind}\)"):
+    with pytest.raises(ValueError, match=rf"cannot quantize 2\.0 \({kind}\): a layer must be"):
         quantize_model(net, 3)
     assert type(net[0]) is type(net[1]) is nn.Linear
 
@@ -664,7 +626,7 @@ def test_a_layer_whose_weight_is_read_past_its_forward_pass_is_refused_by_name(a
         calibrate(model, [torch.randn(3, 4)])
 
 
-def test_calibration_reads_values_from_the_whole_of_each_batch():
+def test_calibration_reads_values_from_the_whole_of_each_batch(monkeypatch):
     """Set-up: pictures differ from first to last, and from top to bottom."""
     net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1))
     net[0].weight.data.fill_(1.0)
@@ -675,6 +637,10 @@ def test_calibration_reads_values_from_the_whole_of_each_batch():
         alone = Quantizer(8, signed=False)
         alone.initialize(torch.cat(batches))
         assert model[1].input_quantizer.scale.item() == pytest.approx(alone.scale.item(), rel=0.1)
+    searched = []
+    monkeypatch.setattr(Quantizer, "initialize", lambda self, x: searched.append(x.numel()))
+    calibrate(model, [torch.rand(2**16, 1)] * 2)
+    assert searched == [2 * 2**15]  # by default 2^15 values of each batch
 
 
 def test_one_negative_value_in_any_batch_makes_a_grid_signed():
@@ -803,7 +769,9 @@ def test_only_layers_of_at_most_max_bits_are_tracked():
     """Algorithm 1 as released: weights of more than 4 bits are not."""
     assert list(OscillationTracker(small_net()).integers()) == ["3", "6"]
     assert list(OscillationTracker(small_net(), max_bits=8).integers()) == ["0", "3", "6", "11"]
-    assert OscillationTracker(small_net(bits=5)).oscillating() == 0
+    tracker = OscillationTracker(small_net(bits=5))  # without a weight to track
+    tracker.step(freeze_threshold=0.1)
+    assert tracker.oscillating() == tracker.frozen_share() == 0
 
 
 @pytest.mark.parametrize("threshold", [2.0, None])
@@ -947,8 +915,6 @@ def test_an_averaged_network_has_the_networks_frozen_integers(options):
     assert 0.3 < tracker.frozen_share() < 0.7
 
 
-
-
 # --- Section 3: dampening, and the schedules ------------------------------------------------------
 
 
@@ -968,6 +934,7 @@ def test_dampening_loss_is_eq_5_and_its_gradient_the_difference_quotient(reducti
             gap = 0 if frozen else s * min(max(round(w / s), -4), 3) - min(max(w, -4 * s), 3 * s)
             expected += gap**2 / (1 if reduction == "sum" else size)
     loss = dampening_loss(model, reduction)
+    assert (loss == dampening_loss(model)) == (reduction == "sum")  # the default
     loss.backward()
     assert loss.item() == pytest.approx(expected)
     moved = [key for key, p in model.named_parameters() if p.grad is not None]
@@ -1181,7 +1148,43 @@ def test_binary_optimisation_starts_at_the_share_of_time():
     assert_close(relaxed, torch.full_like(relaxed, 0.3))
 
 
-def test_binary_optimisation_has_adarounds_regulariser_with_beta_from_20_to_2():
+def test_adaround_descends_the_mean_of_its_regularizer_and_keeps_h_in_0_to_1(monkeypatch):
+    """AdaRound, Eq. 23 and 24: the gradient by hand for 8 choices; an input of 0 mutes the task."""
+    gradients = []
+
+    class Adam:  # changes v once, by hand, and records the gradients
+        def __init__(self, parameters, lr):
+            (self.v,), self.zero_grad = parameters, lambda: setattr(self.v, "grad", None)
+            assert lr == 0.01  # the default
+
+        def step(self):
+            gradients.append(self.v.grad.flatten()[:8].clone())
+            self.v.data.flatten()[:8] = torch.tensor([-9.0, -2, -1, -0.5, 0.5, 1, 2, 9])
+
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    model = quantize_model(nn.Sequential(nn.Linear(4, 3)), 3, first_last_bits=3)
+    tracker, steps = OscillationTracker(model), []
+    tracker.f[:8] = 1
+    tracker.ema_int[:8] = 0.3
+    model.register_forward_hook(lambda *_: steps.append(model[0].weight_hat().flatten()[:8]))
+    batch = torch.zeros(2, 4), torch.tensor([0, 1])
+    osc_qat.optimize_oscillating_weights(model, tracker, itertools.repeat(batch), steps=5)
+    sigmoid = 1 / (1 + torch.exp(-torch.tensor([-2, -1, -0.5, 0.5, 1, 2])))
+    h = 1.2 * sigmoid - 0.1
+    relaxed = steps[1] / model[0].weight_quantizer.scale
+    assert_close(relaxed, torch.cat([torch.zeros(1), h, torch.ones(1)]))  # h(-9) = 0, h(9) = 1
+    assert len(gradients) == 5 and not gradients[0].any()  # off in the first fifth
+    for step, beta in ((1, 20), (3, 11)):  # half a cosine from 20 to 2, at its start and middle
+        slope = -beta * (2 * h - 1).abs() ** (beta - 1) * (2 * h - 1).sign() * 2 / 8
+        expected = slope * 1.2 * sigmoid * (1 - sigmoid)
+        assert_close(gradients[step][1:7], expected)
+        assert gradients[step][[0, 7]].tolist() == [0, 0]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(ValueError, match="10000 steps"):  # the default
+        osc_qat.optimize_oscillating_weights(model, tracker, [batch])
+
+
+def test_binary_optimisation_has_adarounds_regularizer_with_beta_from_20_to_2():
     """AdaRound, Eq. 24: flat in the middle at first, and near 0 and 1 a pull to the near side."""
     assert one_choice(0.9, lr=0.03, regularizer=0.0) == 0  # the task's choice
     assert one_choice(0.9, lr=0.03, regularizer=1000.0) == 1
@@ -1236,13 +1239,6 @@ def test_calibration_reads_inputs_of_more_than_2_to_24_values():
     calibrate(model, [torch.rand(2**24 + 4, 1)], samples=100)
 
 
-def test_freezing_or_dampening_an_8_bit_network_does_nothing():
-    model = small_net(bits=8)
-    OscillationTracker(model).step(freeze_threshold=0.1)
-    dampening_loss(model).backward()
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
 def test_a_refused_network_is_left_as_it_was():
     net = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3))
     with pytest.raises(ValueError):
@@ -1256,14 +1252,6 @@ def test_a_tracker_state_belongs_to_one_moment():
     before = copy.deepcopy(state)
     tracker.step()
     assert_same(state, before)
-
-
-def test_integers_of_a_half_precision_network_are_those_of_its_forward():
-    q, x = Quantizer(4).half(), torch.randn(10000).half().requires_grad_()
-    q.scale.data.fill_(0.1)
-    assert torch.equal((q(x) / q.scale).round(), q.to_int(x).float())
-    fake_quantize(x, q.scale, -8, 7).sum().backward()
-    assert x.grad.isfinite().all() and q.scale.grad.isfinite().all()
 
 
 def test_a_half_precision_network_freezes_on_its_grid():
@@ -1762,16 +1750,6 @@ def test_toy_falling_factors_lose_swings_where_the_target_is_halfway(estimator, 
         assert low < (w_hat.diff() != 0).double().mean() / 2 <= high
 
 
-def test_toy_dampening_pulls_the_weight_off_the_threshold():
-    """Section 3, Eq. 5: w rests where d = 2 lambda |w - q(w)|; a lambda below d/s only slows it."""
-    target, point, d = toy_targets(0.2, 0.45)
-    w, w_hat = toy_swings(0.2, 0.45, 0, lr=0.1, steps=300, dampening=0.52, cure_after=100)
-    assert (w_hat[50:100].std(0) > 0).all() and (w_hat[250:] - point).abs().max() < 1e-12
-    assert_close(w[-1], point + (target - point) / 1.04)
-    w_hat = toy_swings(0.2, 0.45, lr=0.002, steps=450, dampening=0.1)[1]
-    assert_close(toy_cycles(w_hat), (d / 0.1 - 0.1) / 0.8, rtol=0.02, atol=0)
-
-
 def toy_predictions(target, at_onset, **settings):
     """What predict says of each weight: where q(w) is on average, whether w swings."""
     laws = [toy_oscillation.predict(toy_oscillation.Toy(w_star, **settings), used)
@@ -1845,21 +1823,11 @@ def test_toy_prediction_holds_for_freezing_up_to_two_reversals_a_cycle(share, ti
     """Algorithm 1: f_t wavers around 2 d/s by m, so that it passes an f_th of 2 d/s as well."""
     toy = toy_oscillation.Toy(0.1 + 0.1 * share, lr=0.1, steps=1060, start=0.15, cure_after=1000,
                               freeze_threshold=times * share)
-    w_hat = toy_oscillation.simulate(**asdict(toy))[1]
+    w, w_hat = toy_oscillation.simulate(**asdict(toy))
     law = toy_oscillation.predict(toy, w_hat[1000].item())
     assert (w_hat[1030:] == w_hat[-1]).all() == freezes == (law["frequency"] == 0)
     assert law["mean q(w)"] == pytest.approx(0.1 if freezes else toy.target)
-
-
-@pytest.mark.parametrize("threshold, freezes", ((0.02, True), (0.95, False)))
-def test_toy_freezing_pins_the_more_frequent_state(threshold, freezes):
-    """Algorithm 1: round(EMA(w_int)); with two reversals a cycle, f_th above 2 d/s freezes none."""
-    point = toy_targets(0.05, 0.4)[1]
-    cure = {"cure_after": 200, "freeze_threshold": threshold}
-    w, w_hat = toy_swings(0.05, 0.4, 0, lr=0.1, steps=260, **cure)
-    assert (w_hat[100:200].std(0) > 0).all() and ((w_hat[201:].std(0) == 0) == freezes).all()
-    if freezes:
-        assert (w_hat[201:] - point).abs().max() < 1e-12 and (w[201:] - point).abs().max() < 1e-12
+    assert not freezes or w[-1].item() == w_hat[-1].item() == pytest.approx(0.1)  # the nearer state
 
 
 def test_toy_target_on_a_grid_point_stays():
@@ -1871,33 +1839,36 @@ def test_toy_target_on_a_grid_point_stays():
 
 TOY_BAD = ("--target 0.701", "--target 0.8", "--target -0.9", "--target nan", "--lr 0", "--lr -0.1",
            "--lr nan", "--lr fast", "--lr", "--estimator none", "--steps 0", "--steps 1.5",
-           "--lambda -1", "--threshold 1", "--cure-after -1", "--colour", "--json /dev/full",
+           "--lambda -1", "--threshold 1", "--cure-after -1", "--colour",
            "--json /no/such/folder/toy.json", "--plot toy.png", "--plot toy.gif")
+
+
+def toy_status(*argv):
+    try:
+        return toy_oscillation.main(argv)
+    except SystemExit as stop:
+        return stop.code
 
 
 @pytest.mark.parametrize("line", TOY_BAD)
 def test_toy_bad_values_get_one_line_and_status_2(line, capsys, monkeypatch):
-    monkeypatch.setattr(toy_oscillation, "oscillate", None)  # nothing runs before they are told
+    monkeypatch.setattr(toy_oscillation, "oscillate", None)  # nothing runs before the message
     for name in {"matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))}:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(SystemExit) as stop:
-        toy_oscillation.main(line.split())
+    assert toy_status(*line.split()) == 2
     out, err = capsys.readouterr()
-    assert stop.value.code == 2 and not out and err.count("\n") == 1
-    name = {"--json /dev/full": "space", TOY_BAD[-3]: "/no/such/folder"}.get(line, line.split()[0])
-    assert name.strip("-") in err
+    assert not out and err.count("\n") == 1
+    assert ("/no/such/folder" if "json" in line else line.split()[0].strip("-")) in err
 
 
-def test_toy_help_shows_one_name_for_one_thing(capsys):
-    """--lambda and --threshold, as train.py calls them; the previous version's names still work."""
-    with pytest.raises(SystemExit):
-        toy_oscillation.main(["--help"])
+def test_toy_help_describes_each_flag_and_its_default_once(capsys):
+    """--lambda and --threshold, as train.py calls them."""
+    assert toy_status("--help") == 0
     out = capsys.readouterr().out
     assert "--lambda" in out and "--threshold" in out and "examples:" in out
-    assert "dampening DAMP" not in out and "freeze-threshold" not in out and "None" not in out
-    for line in ("--lambda 1 --threshold 0.5", "--dampening 1 --freeze-threshold 0.5"):
-        toy, _ = toy_oscillation.parse(line.split())
-        assert (toy.dampening, toy.freeze_threshold) == (1, 0.5)
+    assert "None" not in out and out.count("(default 0.127)") == out.count("0.127") == 1
+    toy, _ = toy_oscillation.parse("--lambda 1 --threshold 0.5".split())
+    assert (toy.dampening, toy.freeze_threshold) == (1, 0.5)
 
 
 def test_toy_halfway_target_with_freezing_has_no_nearer_point(capsys):
@@ -1936,6 +1907,10 @@ def test_toy_prints_both_phases_and_a_table_that_holds(capsys, tmp_path):
             measured, predicted = row[key]
             assert predicted == pytest.approx(law) and measured == pytest.approx(law, rel=0.01)
         assert row["q(w)"].count("#") in (6, 7) and f" {row['q(w)']}\n" in out
+    assert "--- 420 iterations done\n" in out and "on its way" not in out
+    assert toy_oscillation.main(["--steps", "9", "--json", "/dev/full"]) == 2
+    out, err = capsys.readouterr()
+    assert "raise --steps or --lr\n" in out and "space" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("scale", (0, -1, math.inf, math.nan))
@@ -1946,7 +1921,7 @@ def test_toy_refuses_a_scale_that_makes_no_grid(scale):
 
 def test_toy_compare_has_every_estimator_and_both_cures(capsys, tmp_path):
     path = tmp_path / "toy.json"
-    command = f"--compare --steps 200 --cure-after 100 --estimator dsq --dampening 1 --json {path}"
+    command = f"--compare --steps 200 --cure-after 100 --estimator dsq --lambda 1 --json {path}"
     assert toy_oscillation.main(command.split()) == 0
     out = capsys.readouterr().out
     rows = {row["setting"]: row for row in json.loads(path.read_text())["table"]}
@@ -1958,17 +1933,14 @@ def test_toy_compare_has_every_estimator_and_both_cures(capsys, tmp_path):
         assert measured == pytest.approx(predicted) and round(measured, 9) in (0.1, 0.2)
 
 
-def test_toy_interrupt_ends_with_the_table_so_far(capsys, monkeypatch):
-    def interrupted(toy, run=toy_oscillation.oscillate):
-        for t, row in enumerate(run(toy)):
-            if t == 300:
-                raise KeyboardInterrupt
-            yield row
+def test_toy_interrupt_ends_with_the_rows_so_far(capsys, monkeypatch):
+    def interrupted(**_):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(toy_oscillation, "oscillate", interrupted)
-    assert toy_oscillation.main([]) == 0
+    monkeypatch.setattr(toy_oscillation, "simulate", interrupted)  # the rows after the first
+    assert toy_oscillation.main(["--steps", "30"]) == 0
     out = capsys.readouterr().out
-    assert out.count("interrupted") == 1 and "300 of 2000" in out and "mean q(w)" in out
+    assert out.endswith("--- interrupted\n") and "mean q(w)" in out and "lr = 0.1 " in out
 
 
 def test_toy_figure_5_draws_every_estimator(monkeypatch):
@@ -1979,11 +1951,13 @@ def test_toy_figure_5_draws_every_estimator(monkeypatch):
         monkeypatch.setitem(ESTIMATORS, name, ESTIMATORS["ste"])
     drawn = []
 
-    def flat(target, *_, steps, estimator="ste", **__):  # a true one takes long
+    def made_up(target, *_, steps, estimator="ste", **__):  # w = 0.17; q(w) has cycles of ten
         drawn.append((estimator, torch.as_tensor(target).numel()))
-        return [torch.zeros(steps, *torch.as_tensor(target).shape)] * 2
+        w_hat = (torch.arange(steps).double() / 5).floor() % 2
+        return [torch.stack([trace] * torch.as_tensor(target).numel(), 1).squeeze(1)
+                for trace in (torch.full((steps,), 0.17), w_hat)]
 
-    monkeypatch.setattr(toy_oscillation, "simulate", flat)
+    monkeypatch.setattr(toy_oscillation, "simulate", made_up)
     toy_oscillation.draw_figures(figure, toy_oscillation.Toy(0.127, lr=0.1))
     titles = [panel.get_title() for panel in figure.axes]
     for title, name in zip(titles, ("STE", "EWGS", "DSQ", "PSG")):
@@ -1992,8 +1966,13 @@ def test_toy_figure_5_draws_every_estimator(monkeypatch):
     legend = [text.get_text() for text in panel.get_legend().get_texts()]
     assert set(legend) >= {name.upper() for name in ESTIMATORS}
     assert {name for name, weights in drawn if weights == 25} == set(ESTIMATORS) >= set(names)
+    assert panel.lines[0].get_ydata().tolist() == panel.lines[0].get_xdata().tolist()  # d / s
+    for line in panel.lines[1:]:
+        assert line.get_ydata().tolist() == pytest.approx([0.1] * 25, abs=0.001)
     legend = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
     assert legend == ["lr = 0.1", "lr = 0.033", "lr = 0.01"]
+    for line in figure.axes[-1].lines:  # (w - threshold) / s = (0.17 - 0.15) / 0.1
+        assert line.get_ydata().tolist() == pytest.approx([0.2] * 60, abs=1e-6)
 
 
 def toy_cures(figure):
@@ -2012,26 +1991,6 @@ def test_toy_gif_shows_the_way_to_the_threshold_and_then_what_cures_do():
         assert w[:15].max() > 0.127 + 0.01 and (w_hat[15:36] - 0.2).abs().min() < 1e-12
         assert w_hat[50:].unique().numel() == (2 if end is None else 1)
         assert end is None or w[-1].item() == pytest.approx(end, abs=1e-4)
-
-
-def test_toy_gif_tells_no_more_than_it_has_shown():
-    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is optional").Figure()
-    lines, names = toy_cures(figure), ["no cure", "dampening", "freezing"]
-    for t in range(1, 73):
-        toy_oscillation.draw_frame([(line, trace[:t]) for line, trace in lines], t)
-        titles = [panel.get_title() for panel in figure.axes]
-        toy_oscillation.draw_frame(lines, t)
-        assert titles == [panel.get_title() for panel in figure.axes]  # whatever comes later
-        for title, name, (line, w_hat) in zip(titles, names, lines[::2]):
-            assert line.get_ydata().tolist() == w_hat[:t].tolist()
-            if w_hat[:t].unique().numel() == 1:
-                assert title == name
-            elif w_hat[max(t - 15, 0):t].unique().numel() > 1:
-                assert title == f"{name}: q(w) swings"
-            else:
-                assert title == f"{name}: q(w) rests on 0.1" and (w_hat[t:] == w_hat[t - 1]).all()
-    assert titles == ["no cure: q(w) swings", "dampening: q(w) rests on 0.1",
-                      "freezing: q(w) rests on 0.1"]
 
 
 def test_toy_gif_moves_lingers_on_its_end_and_is_small(monkeypatch, tmp_path):
@@ -2061,24 +2020,28 @@ def test_toy_gif_moves_lingers_on_its_end_and_is_small(monkeypatch, tmp_path):
 def test_toy_plot_that_cannot_be_written_gets_one_line(file, named, capsys, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is optional")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(toy_oscillation, "oscillate", None)  # told before anything is drawn
-    with pytest.raises(SystemExit) as stop:
-        toy_oscillation.main(["--plot", file])
+    monkeypatch.setattr(toy_oscillation, "oscillate", None)  # nothing is drawn before the message
+    assert toy_status("--plot", file) == 2
     out, err = capsys.readouterr()
-    assert stop.value.code == 2 and not out and err.count("\n") == 1 and named in err
+    assert not out and err.count("\n") == 1 and named in err
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("line, status", (
-    ("toy_oscillation.py --steps 30 >&-", 0), ("toy_oscillation.py --help >&-", 0),
-    ("toy_oscillation.py --steps 30 --json {} >&- 2>&-", 0),
-    ("toy_oscillation.py --steps 0 2>&-", 2), ("-OO toy_oscillation.py --steps 30 >{}", 0)))
-def test_toy_runs_with_closed_streams_and_without_docstrings(line, status, tmp_path):
+    ("--steps 30 --json {} >&- 2>&-", 0), ("--steps 0 >&- 2>&-", 2)))
+def test_toy_runs_with_closed_streams(line, status, tmp_path):
     file = tmp_path / "out"
-    command = f'exec "$0" -W error {line.format(file)}'
-    done = subprocess.run(["sh", "-c", command, sys.executable], cwd=ROOT, capture_output=True)
-    assert (done.returncode, done.stdout, done.stderr) == (status, b"", b"")
-    assert str(file) not in command or "mean q(w)" in file.read_text()
+    command = f'exec "$0" -W error toy_oscillation.py {line.format(file)}'
+    assert subprocess.run(["sh", "-c", command, sys.executable], cwd=ROOT).returncode == status
+    assert file.exists() == (status == 0)
+
+
+def test_toy_runs_without_docstrings(capsys):
+    """As under python -OO."""
+    code = compile((ROOT / "toy_oscillation.py").read_text(), "toy", "exec", optimize=2)
+    exec(code, names := {"__name__": "bare"})
+    assert names["main"](["--steps", "3"]) == 0 and names["__doc__"] is None
+    assert "mean q(w)" in capsys.readouterr().out
 
 
 def test_toy_pictures_need_none_of_matplotlibs_surroundings(tmp_path):
@@ -2470,12 +2433,15 @@ def test_the_log_has_the_mean_loss_and_the_last_settings_of_each_epoch(
     for epoch in range(2):
         train.train_epoch(run, epoch)
         train.finish_epoch(run, epoch + 1)
-    for row, steps, share in zip(run.rows, (told[:6], told[6:]), (5 / 8, 7 / 8)):
+    # Half cosines: lr at 5/8 and 7/8 of its way (sin^2 of 56.25 and 78.75 degrees is 0.691342 and
+    # 0.961940), the others at 1/2 and 5/6 (sin^2 of 45 and 75 degrees is 0.5 and 0.933013).
+    settings = (0.0755585, 0.2, 0.06), (0.0268508, 0.373205, 0.0253590)
+    for row, steps, (lr, strength, threshold) in zip(run.rows, (told[:6], told[6:]), settings):
         losses, rates = zip(*steps)
         assert row["loss"] == pytest.approx(sum(losses) / len(losses)) and row["lr"] == rates[-1]
-        assert row["lr"] == pytest.approx(cosine(0.2, 0.02, share))
-        assert row["lambda"] == pytest.approx(cosine(0, 0.4, (share - 0.25) / 0.75))
-        assert row["freeze_threshold"] == pytest.approx(cosine(0.1, 0.02, (share - 0.25) / 0.75))
+        assert row["lr"] == pytest.approx(lr, rel=1e-5)
+        assert row["lambda"] == pytest.approx(strength, rel=1e-5)
+        assert row["freeze_threshold"] == pytest.approx(threshold, rel=1e-5)
     assert [row["step"] for row in run.rows] == [6, 8] and len(told) == 8
 
 

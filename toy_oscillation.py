@@ -1,6 +1,6 @@
 """Watch a quantized weight oscillate: section 2.2 (Eq. 3), Figures 1, 5 and 6, appendix A.
 
-    python toy_oscillation.py                    watch one weight; measured against predicted
+    python toy_oscillation.py                    draws one weight; measured against predicted
     python toy_oscillation.py --compare          all estimators, random x and both cures
     python toy_oscillation.py --plot FILE        .png: Figures 1, 5, 6; .gif: both cures, moving
 
@@ -39,8 +39,7 @@ from torch import Tensor, nn
 from osc_qat import ESTIMATORS, OscillationTracker, dampening_loss, quantize_model
 
 BITS, INT_MIN, INT_MAX = 4, -8, 7  # more bits are not tracked or dampened; grid -8 s .. 7 s
-MOMENTUM = 0.01  # m of f_t and EMA(w_int): they settle in 500 iterations; the paper's takes 5000
-FIELDS = {"lambda": "dampening", "threshold": "freeze_threshold"}  # flags of another name
+MOMENTUM = 0.01  # m of f_t and EMA(w_int): they settle in 500 iterations; 0.001 takes 5000
 CURES = {"dampening": {"dampening": 1.0}, "freezing": {"freeze_threshold": 0.02}}
 WIDTH, ROWS = 51, 40  # columns from grid point to grid point, odd; lines drawn of a phase
 
@@ -48,7 +47,7 @@ WIDTH, ROWS = 51, 40  # columns from grid point to grid point, odd; lines drawn 
 # ---- Section 2.2, Eq. 3: the regression ----------------------------------------------------------
 @dataclass
 class Toy:
-    """One setting of the regression; raises ValueError, beginning with the bad field's name."""
+    """One setting of the regression. ValueError, beginning with the flag's name, if it is bad."""
     target: float | Tensor  # w*, from -8 s to 7 s; or a tensor of K, for K independent weights
     scale: float = 0.1  # step size s of the grid, > 0; it is not trained
     lr: float = 0.01  # learning rate of plain SGD, > 0; up to 1/2 our predictions are exact
@@ -63,7 +62,7 @@ class Toy:
 
     def __post_init__(self):
         self.w_star = torch.as_tensor(self.target, dtype=torch.float64)
-        # The grid point below w*, and where w* lies from there (0) to the next one (1), rounded.
+        # The grid point below w*, and the position of w* from there (0) to the next point (1).
         self.lower = self.scale * (self.w_star / self.scale).floor().clamp(INT_MIN, INT_MAX - 1)
         self.bin_position = ((self.w_star - self.lower) / self.scale).round(decimals=9)
         self.threshold = self.lower + self.scale / 2
@@ -75,18 +74,18 @@ class Toy:
                 ("lr", 0 < self.lr <= 1000, "above 0, and 1000 or less"),
                 ("steps", self.steps >= 1, "1 or more"),
                 ("estimator", self.estimator in ESTIMATORS, f"one of {', '.join(ESTIMATORS)}"),
-                ("dampening", 0 <= self.dampening <= 1000, "from 0 (off) to 1000"),
-                ("freeze_threshold", 0 <= (self.freeze_threshold or 0) < 1, "from 0 to below 1"),
-                ("cure_after", self.cure_after >= 0, "0 or more")):
+                ("lambda", 0 <= self.dampening <= 1000, "from 0 (off) to 1000"),
+                ("threshold", 0 <= (self.freeze_threshold or 0) < 1, "from 0 to below 1"),
+                ("cure-after", self.cure_after >= 0, "0 or more")):
             if not good:
-                raise ValueError(f"{name} must be {rule}, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be {rule}")
 
 
 def oscillate(toy: Toy):
     """Trains K independent weights; yields w and q(w) before each step: (K,)."""
     network = nn.Sequential(nn.Linear(1, toy.w_star.numel(), bias=False))
     model = quantize_model(network, BITS, first_last_bits=BITS, estimator=toy.estimator)
-    layer = model.double()[0]  # so that the predictions can be held to their last digits
+    layer = model.double()[0]  # since the predictions hold to many digits
     layer.weight_quantizer.scale.requires_grad_(False).fill_(toy.scale)
     start = toy.lower + toy.scale * toy.bin_position.round() if toy.start is None else toy.start
     layer.weight.data.copy_(torch.as_tensor(start, dtype=torch.float64).reshape(-1, 1))
@@ -112,12 +111,12 @@ def simulate(target, scale=0.1, lr=0.01, steps=2000, estimator="ste", dampening=
 
 # ---- Appendix A.2 and A.3: measured and predicted ------------------------------------------------
 def measure(toy: Toy, w: Tensor, w_hat: Tensor) -> dict[str, Tensor]:
-    """Frequency, mean and height of traces, (T,) or (T, K), once all weights swing or are cured."""
+    """Returns frequency, mean and height of traces, (T,) or (T, K), once all swing or are cured."""
     skip = ((toy.onset + len(w)) // 2 if len(w) > toy.onset else
             (w_hat != w_hat[0]).int().argmax(0).max())
     w, w_hat = w[skip:], w_hat[skip:]
     flips = (w_hat.diff(dim=0) != 0).sum(0)
-    # Height: the length of w's path over its number of reversals. (Its range settles slowly.)
+    # Height: the length of w's path divided by its number of reversals (its range settles slowly).
     return {"frequency": flips / 2 / max(len(w) - 1, 1), "mean q(w)": w_hat.mean(0),
             "height": w.diff(dim=0).abs().sum(0) * (flips > 0) / flips.clamp(min=1)}
 
@@ -138,7 +137,7 @@ def predict(toy: Toy, at_onset: float | None = None) -> dict[str, float]:
     # A cycle has two reversals. f_t fluctuates around 2 d/s, so it passes an f_th of just that.
     if cured and toy.freeze_threshold is not None and 2 * d >= toy.freeze_threshold:
         point = math.nan if d == 0.5 else near  # halfway, no point is nearer: it can be either
-    elif d <= pull:  # the first point within lambda s of w* on the way from the one in use
+    elif d <= pull:  # q(w) moves towards w* and stops at the first point within lambda s of it
         point = min(max(used, math.ceil(up - pull)), math.floor(up + pull))
     else:  # dampening shortens each step by lr lambda s
         f = (d - pull) / (1 - 2 * pull)
@@ -149,34 +148,29 @@ def predict(toy: Toy, at_onset: float | None = None) -> dict[str, float]:
 
 # ---- In the terminal -----------------------------------------------------------------------------
 def watch(toy: Toy) -> tuple[Tensor, Tensor]:
-    """Draws the run while it goes, up to Ctrl-C; returns the traces w, q(w) so far: (T,)."""
+    """Draws the run while it goes; returns the traces w, q(w): (T,)."""
     trace, zoom, last, line = [], 1, math.inf, ""  # last: the iteration after the last one drawn
     print(f"w* = {toy.target:.5g}, grid points {toy.lower:.4g} and {toy.lower + toy.scale:.4g}\n"
           "o latent weight w   # grid point in use, q(w)   : threshold   left: iteration\n"
           "--- travel: the gradient pushes w one way only")
-    try:
-        for t, step in enumerate(oscillate(toy)):
-            trace.append(torch.cat(step))
-            w, w_hat = trace[-1].tolist()
-            if last == math.inf and w_hat != trace[0][1]:
-                last, zoom = t + ROWS, max(1, round(0.3 / toy.lr))
-                print(f"--- swing: the gradient turns at the threshold (magnified {zoom} times)")
-            if t == toy.onset:
-                last, zoom = t + ROWS, 1
-                print("--- cure: dampening or freezing sets in (not magnified)")
-            column = WIDTH // 2 + zoom * (WIDTH - 1) * (w - toy.threshold.item()) / toy.scale
-            cells = [":" if i == WIDTH // 2 else " " for i in range(WIDTH)]
-            cells[round(min(max(column, 0), WIDTH - 1))] = "o"
-            left, right = "|#" if w_hat > toy.threshold else "#|"
-            before, line = line, f"{left}{''.join(cells)}{right}  q(w) = {w_hat:.4g}"
-            if t < last < math.inf or t < last and line != before:
-                print(f"{t:6d}  {line}")
-                time.sleep(0.08 * sys.stdout.isatty())
-    except KeyboardInterrupt:
-        if not trace:
-            raise
-        print("--- interrupted", end=" ")
-    print(f"--- {len(trace)} of {toy.steps} iterations done")
+    for t, step in enumerate(oscillate(toy)):
+        trace.append(torch.cat(step))
+        w, w_hat = trace[-1].tolist()
+        if last == math.inf and w_hat != trace[0][1]:
+            last, zoom = t + ROWS, max(1, round(0.3 / toy.lr))
+            print(f"--- swing: the gradient turns at the threshold (magnified {zoom} times)")
+        if t == toy.onset:
+            last, zoom = t + ROWS, 1
+            print("--- cure: dampening or freezing sets in (not magnified)")
+        column = WIDTH // 2 + zoom * (WIDTH - 1) * (w - toy.threshold.item()) / toy.scale
+        cells = [":" if i == WIDTH // 2 else " " for i in range(WIDTH)]
+        cells[round(min(max(column, 0), WIDTH - 1))] = "o"
+        left, right = "|#" if w_hat > toy.threshold else "#|"
+        before, line = line, f"{left}{''.join(cells)}{right}  q(w) = {w_hat:.4g}"
+        if t < last < math.inf or t < last and line != before:
+            print(f"{t:6d}  {line}")
+            time.sleep(0.08 * sys.stdout.isatty())
+    print(f"--- {toy.steps} iterations done")
     return torch.stack(trace).unbind(1)
 
 
@@ -186,7 +180,7 @@ def tabulate(rows: list[dict], name: str, toy: Toy, w: Tensor, w_hat: Tensor) ->
     row = {key: (cell.item(), law[key]) for key, cell in measure(toy, w, w_hat).items()}
     if not rows:
         print("\nMeasured (predicted; exact for STE, x = 1, no cure, lr <= 1/2). Frequency: cycles "
-              "an iteration.\nHeight: of a swing of w. Last q(w): _ lower point, # upper point.\n\n"
+              "per iteration.\nHeight: of a swing of w. Last q(w): _ lower, # upper point.\n\n"
               + " " * 14, *(f"{key:20}" for key in row), "last q(w)")
     pairs = (f"{got:.4g} ({predicted:.4g})".replace("nan", "either")
              for got, predicted in row.values())
@@ -199,10 +193,9 @@ def tabulate(rows: list[dict], name: str, toy: Toy, w: Tensor, w_hat: Tensor) ->
 
 # ---- Figures 1, 5 and 6, and a picture that moves ------------------------------------------------
 def draw_weights(figure, toys: dict[str, Toy]) -> list[tuple]:
-    """Draws w, starting up to 15 STE steps before the threshold, and q(w): lines and traces."""
+    """Draws w, from up to 15 STE steps before the threshold on, and q(w); returns lines, traces."""
     lines = []
     for panel, (name, toy) in zip(figure.subplots(1, len(toys), sharey=True), toys.items()):
-        # from the near side
         way = (15 * toy.lr * (toy.bin_position.round() - toy.bin_position)).clamp(-0.4, 0.4)
         w, w_hat = simulate(**asdict(replace(toy, start=toy.threshold + toy.scale * way)))
         low, _, high = levels = [toy.lower.item() + toy.scale * i / 2 for i in range(3)]
@@ -222,7 +215,7 @@ def draw_weights(figure, toys: dict[str, Toy]) -> list[tuple]:
 
 
 def draw_figures(figure, toy: Toy) -> None:
-    """Figure 1 and PSG, which the paper's has not, above; Figures 5 and 6 below."""
+    """Draws Figure 1, with PSG added, above and Figures 5 and 6 below."""
     above, below = figure.subfigures(2)
     draw_weights(above, {
         "PSG (not in Fig. 1)" if name == "psg" else f"Fig. 1: {name.upper()}, lr = {toy.lr:g}":
@@ -245,144 +238,107 @@ def draw_figures(figure, toy: Toy) -> None:
     high.legend(ncols=3)
 
 
-def draw_frame(lines: list[tuple], t: int) -> None:
-    """Shows the first t iterations of draw_weights; titles say only what these show."""
-    for line, trace in lines:
-        line.set_data(range(t), trace[:t])
-    for line, w_hat in lines[::2]:
-        left, moves = (len(seen.unique()) > 1 for seen in (w_hat[:t], w_hat[max(t - 15, 0):t]))
-        shown = ": q(w) swings" if moves else f": q(w) rests on {w_hat[t - 1]:.4g}" if left else ""
-        line.axes.set_title(line.axes.get_label() + shown, size=10)
-
-
 def plot(toy: Toy, path: Path, steps: int = 72) -> None:
-    """Writes draw_figures or, into a .gif, one weight with and without cures, moving.
-
-    The user's matplotlib settings have no part in it: a notebook's backend, TeX that is missing.
-    """
-    backend = os.environ.pop("MPLBACKEND", None)  # an unknown one would stop the import
-    try:
-        import matplotlib
-    finally:
-        os.environ.update({"MPLBACKEND": backend} if backend else {})
+    """Writes draw_figures or, if path ends in .gif, draw_cures. Ignores the user's matplotlibrc."""
+    import matplotlib
+    from matplotlib.figure import Figure
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        draw_file(toy, path, steps)
+        if path.suffix.lower() == ".gif":
+            path.open("ab").close()  # raises for a bad path before the drawing
+            toy = Toy(toy.target, toy.scale, toy.lr, steps, cure_after=steps // 2)
+            frames = draw_cures(Figure((8, 3.6), layout="constrained"), toy)
+            frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
+                           duration=[100] * (steps - 1) + [3000])  # ms
+        else:
+            Figure().savefig(path, format=path.suffix[1:])  # raises for a bad path, too
+            draw_figures(figure := Figure((10, 6.5), layout="constrained"), toy)
+            figure.savefig(path, dpi=100)
 
 
-def draw_file(toy: Toy, path: Path, steps: int) -> None:
-    """Does what plot says, under matplotlib's default settings."""
+def draw_cures(figure, toy: Toy) -> list:
+    """Draws one weight with and without cures; returns a PIL image per iteration."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from PIL import Image
-    if path.suffix.lower() != ".gif":
-        Figure().savefig(path, format=path.suffix[1:])  # raises for a bad path before the drawing
-        draw_figures(figure := Figure((10, 6.5), layout="constrained"), toy)
-        return figure.savefig(path, dpi=100)
-    path.open("ab").close()
-    toy = Toy(toy.target, toy.scale, toy.lr, steps, cure_after=steps // 2)
     cured = {name: replace(toy, **cure) for name, cure in CURES.items()}
-    canvas = FigureCanvasAgg(figure := Figure((8, 3.6), layout="constrained"))
+    canvas = FigureCanvasAgg(figure)
     lines, frames = draw_weights(figure, {"no cure": toy} | cured), []
     canvas.draw()
-    figure.set_layout_engine("none")  # else each frame has a slightly different one
-    for t in range(1, steps + 1):
-        draw_frame(lines, t)
+    figure.set_layout_engine("none")  # else each frame has a slightly different layout
+    for t in range(1, toy.steps + 1):
+        for line, trace in lines:
+            line.set_data(range(t), trace[:t])
         canvas.draw()
         frame = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
-        frames.append(frame.convert("RGB").convert("P", dither=0))  # all with the same colours
-    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
-                   duration=[100] * (steps - 1) + [3000])  # ms
+        frames.append(frame.convert("RGB").convert("P", dither=0))  # all with the same colors
+    return frames
 
 
 # ---- Command line --------------------------------------------------------------------------------
 def parse(argv: list[str] | None) -> tuple[Toy, argparse.Namespace]:
-    """The setting and all flags; exits with status 2 and one line where one of them is bad."""
-    program = "python toy_oscillation.py"
+    """Returns the setting and all flags; if a flag is bad, exits with status 2 and one line."""
     parser = argparse.ArgumentParser(
         description="Watch a quantized weight oscillate, then compare it with the predictions.",
-        formatter_class=argparse.RawDescriptionHelpFormatter, epilog=(
-            f"examples:\n  {program} --target 0.1\n  {program} --lambda 1\n"
-            f"  {program} --threshold 0.02\n  {program} --plot figures.png"))
+        epilog="examples: --target 0.1; --lambda 1; --threshold 0.02; --plot figures.png")
     parser.error = lambda message: parser.exit(2, message.removeprefix("argument ") + "\n")
-    for flags, kind, default, text in (
-            ("target", float, 0.127, "optimum w*, -0.8 to 0.7 (grid of step 0.1); default 0.127"),
-            ("lr", float, 0.1, "learning rate; the default, 0.1, makes the swing visible"),
-            ("steps", int, 2000, "number of iterations, default 2000"),
-            ("estimator", str, "ste", f"gradient estimator: {', '.join(ESTIMATORS)}; default ste"),
-            ("lambda dampening", float, 0.0, "strength of dampening (Eq. 5); from d/s on w rests"),
-            ("threshold freeze-threshold", float, None, "frequency f_th above which w is frozen "
-             "(Algorithm 1); up to 2 d/s it freezes w"),
-            ("cure-after", int, 500, "iteration at which the cures set in, default 500"),
-            ("plot", Path, None, "also write a picture: .png has Figures 1, 5 and 6, .gif a weight "
-             "with and without cures"),
-            ("json", Path, None, "also write the table into this file")):
-        flag, *old = flags.split()
-        name = FIELDS.get(flag, flag).replace("-", "_")
-        parser.add_argument(f"--{flag}", type=kind, default=default, help=text, dest=name,
-                            metavar=flag.upper())
-        for other in old:  # its name in the previous version
-            parser.add_argument(f"--{other}", type=kind, dest=name, help=argparse.SUPPRESS)
+    for flag, kind, default, text in (
+            ("target", float, 0.127, "optimum w*, from -0.8 to 0.7; the grid has step s = 0.1"),
+            ("lr", float, 0.1, "learning rate; 0.01 and less make the swing hard to see"),
+            ("steps", int, 2000, "number of iterations"),
+            ("estimator", str, "ste", f"gradient estimator: {', '.join(ESTIMATORS)}"),
+            ("lambda", float, 0.0, "strength of dampening (Eq. 5); d/s or more stops the swing"),
+            ("threshold", float, None, "f_th of freezing (Algorithm 1); 2 d/s or less freezes w"),
+            ("cure-after", int, 500, "iteration from which dampening or freezing acts"),
+            ("plot", Path, None, "picture to write: .png of Figures 1, 5, 6 or .gif of both cures"),
+            ("json", Path, None, "file to write the table into")):
+        text += "" if default is None else f" (default {default})"
+        parser.add_argument(f"--{flag}", type=kind, default=default, help=text)
     parser.add_argument("--compare", action="store_true",
                         help="instead of one weight, a table of all estimators, random x and cures")
     args = parser.parse_args(argv)
     try:
-        toy = Toy(args.target, 0.1, args.lr, args.steps, args.estimator, args.dampening,
-                  args.freeze_threshold, args.cure_after)
+        toy = Toy(args.target, 0.1, args.lr, args.steps, args.estimator, vars(args)["lambda"],
+                  args.threshold, args.cure_after)
     except ValueError as error:
-        name, _, rest = str(error).partition(" ")
-        flag = {field: flag for flag, field in FIELDS.items()}.get(name, name)
-        parser.error(f"--{flag.replace('_', '-')} {rest}")
-    check_outputs(parser, toy, args)
+        parser.error(f"--{error}")
     return toy, args
 
 
-def check_outputs(parser: argparse.ArgumentParser, toy: Toy, args: argparse.Namespace) -> None:
-    """Tries --json before the work, and draws --plot; one line and status 2 if that fails."""
-    try:
-        if args.json:
-            with args.json.open("a") as file:
-                file.write(" ")  # a full disk lets a file be opened, but not written
-        if args.plot:
-            plot(toy, args.plot)
-    except ImportError:
-        parser.error("--plot needs matplotlib: pip install matplotlib")
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command line and returns its exit status. Ctrl-C ends it with the table so far."""
+    """Runs a command line and returns its exit status. Ctrl-C ends it with the rows so far."""
     rows = []
     try:
         toy, args = parse(argv)
+        if args.json:
+            args.json.open("a").close()  # raises for a bad path before the work
+        if args.plot:
+            os.environ.pop("MPLBACKEND", None)  # an unknown one would stop the import
+            plot(toy, args.plot)
         if args.compare:
             plain = replace(toy, estimator="ste", dampening=0.0, freeze_threshold=None)
             variants = {name: replace(plain, estimator=name) for name in ESTIMATORS}
             for name, more in {"random x": {"noise": True}, **CURES}.items():
                 variants[f"ste, {name}"] = replace(plain, **more)
         else:
-            w, w_hat = watch(toy)
-            tabulate(rows, f"lr = {toy.lr:g}", toy, w, w_hat)
+            tabulate(rows, f"lr = {toy.lr:g}", toy, *watch(toy))
             variants = {f"lr = {lr:g}": replace(toy, lr=lr, start=toy.threshold)
-                        for lr in (toy.lr / 10, toy.lr / 100) if len(w) == toy.steps}  # Figure 6
+                        for lr in (toy.lr / 10, toy.lr / 100)}  # Figure 6
         for name, variant in variants.items():
             tabulate(rows, name, variant, *simulate(**asdict(variant)))
+        if args.json:
+            args.json.write_text(json.dumps({"settings": vars(args), "table": rows}, default=str))
     except KeyboardInterrupt:
         print("--- interrupted")
-    except BrokenPipeError:  # `| head`: nobody reads on
+    except BrokenPipeError:  # `| head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if rows and args.json:
-        try:
-            args.json.write_text(json.dumps({"settings": vars(args), "table": rows}, default=str))
-        except OSError as error:
-            print(error, file=sys.stderr)
-            return 2
+    except (ImportError, OSError, ValueError) as error:
+        print(f"cannot write the results: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
 if __name__ == "__main__":
-    with open(os.devnull, "w") as nowhere:  # for a stream that the shell has closed: it is None
+    with open(os.devnull, "w") as nowhere:  # replaces a stream that the shell has closed (None)
         sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
-        sys.stdout.reconfigure(line_buffering=True)  # in a file or pipe, too, a line at once
+        sys.stdout.reconfigure(line_buffering=True)  # prints lines at once into files and pipes too
         sys.exit(main())
