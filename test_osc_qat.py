@@ -1311,7 +1311,7 @@ def test_the_file_has_the_networks_logits_bit_for_bit(onnx, bits, act_bits, tmp_
     in_powers_of_two(net, x)
     with torch.no_grad():
         expected = net(x)
-    assert len(expected.unique()) > 30
+    assert len(expected.unique(dim=0)) > 1 and len(expected.unique()) > 9
     for logits in logits_of_all_forms(net, x, (3, 16, 16)):
         # Without input quantizers the sums grow beyond float32's 24 bits.
         assert_close(logits, expected, rtol=0, atol=0 if act_bits else 1e-5)
@@ -1469,9 +1469,10 @@ def test_a_network_of_ones_own_and_frozen_integers_are_exported(onnx, per_channe
     model = model.to(dtype)
     content = export.export_onnx(model, (3, 12, 12), {}, int4_runs())
     assert capfd.readouterr() == ("", "")
-    expected = copy.deepcopy(model).float().eval()(images()[0])
+    x = images()[0]
+    expected = copy.deepcopy(model).float().eval()(x)
     for optimize in (True, False):
-        error = (session(content, optimize)(images()[0]) - expected).abs().amax(1)
+        error = (session(content, optimize)(x) - expected).abs().amax(1)
         assert (error / expected.abs().max()).median() < 1e-5
 
 
