@@ -31,7 +31,7 @@ import time
 import traceback
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -499,12 +499,6 @@ def test_every_name_of_a_shared_layer_becomes_the_same_quantized_layer():
     assert model(torch.randn(2, 3, 3, 3)).isfinite().all()
 
 
-def tied_net():
-    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
-    net[2].weight = net[1].weight
-    return net
-
-
 def old_weight_norm(layer):
     """As torch.nn.utils.weight_norm did, and as pruning does: a plain tensor in weight's place."""
     layer.weight_v = nn.Parameter(layer.weight.detach())
@@ -563,7 +557,8 @@ def test_what_cannot_be_quantized_is_refused_by_name(kind):
 
 def test_a_weight_of_two_layers_is_refused_by_name():
     """Algorithm 1: it would be tracked twice, and frozen at one layer's scale in both."""
-    net = tied_net()
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    net[2].weight = net[1].weight
     with pytest.raises(ValueError, match=r"1 \(Linear, shared weight\), 2 \(Linear, shared"):
         quantize_model(net, 3)
     assert [type(layer) for layer in net] == 3 * [nn.Linear]
@@ -631,9 +626,9 @@ def test_calibration_reads_values_from_the_whole_of_each_batch(monkeypatch):
     net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1))
     net[0].weight.data.fill_(1.0)
     model = quantize_model(net, 8, 4)
-    rising = torch.linspace(0, 1, 10000).view(-1, 1)
+    rising = torch.rand(10000, 1).sort(0).values
     for batches in ([rising], [rising.flip(0)], [rising / 10, rising]):
-        calibrate(model, batches, samples=50)
+        calibrate(model, batches, samples=1000)
         alone = Quantizer(8, signed=False)
         alone.initialize(torch.cat(batches))
         assert model[1].input_quantizer.scale.item() == pytest.approx(alone.scale.item(), rel=0.1)
@@ -750,19 +745,6 @@ def test_a_threshold_of_0_is_a_threshold():
     assert osc_qat.sample_oscillating_weights(model, tracker, threshold=0.0) == 100
     tracker.step(0.0)
     assert tracker.frozen_share() == 100 / 360
-
-
-def test_freezing_takes_the_integer_of_an_average_that_lags():
-    """Algorithm 1 as printed: round(EMA) can be an integer between which the weight never was."""
-    model = quantize_model(nn.Sequential(nn.Linear(1, 1)), 4, first_last_bits=4)
-    layer, stream = model[0], [-3] * 191 + [-2, -1, 0, 1, 2] + [3, 2] * 2
-    layer.weight.data.fill_(-3 * layer.weight_quantizer.scale.item())
-    tracker = OscillationTracker(model, momentum=0.005)
-    for integer in stream[1:]:
-        layer.weight.data.fill_(integer * layer.weight_quantizer.scale.item())
-        tracker.step(0.007)
-    assert tracker.frozen_share() == 1 and layer.weight_int().item() == -3
-    assert algorithm_1(stream, 0.005, [0.007] * len(stream))[-1][2:] == (True, -3)
 
 
 def test_only_layers_of_at_most_max_bits_are_tracked():
@@ -1066,7 +1048,7 @@ def test_sampling_takes_the_upper_state_by_its_share_of_time_and_touches_nothing
     model, tracker, masks = oscillating_net(share)
     layers, drawn = quant_layers(model, 4), {name: [] for name in masks}
     before, generator = snapshot(model, tracker), torch.Generator().manual_seed(1)
-    number = sum(mask.sum() for mask in masks.values())
+    number, state = sum(mask.sum() for mask in masks.values()), torch.get_rng_state()
     for _ in range(400):
         assert osc_qat.sample_oscillating_weights(model, tracker, generator, 0.5) == number > 80
         for name, layer in layers.items():
@@ -1076,22 +1058,11 @@ def test_sampling_takes_the_upper_state_by_its_share_of_time_and_touches_nothing
     p = share - math.floor(share)
     assert abs(drawn.mean() - share) <= 4 * math.sqrt(p * (1 - p) / drawn.numel())
     assert p == 0 or (drawn.mean(0) - share).abs().max() < 6 * math.sqrt(p * (1 - p) / 400)
-    assert p == 0 or len(drawn.T.unique(dim=0)) == number  # each weight is drawn for itself
+    assert p == 0 or len(drawn.T.unique(dim=0)) == number  # each weight is drawn independently
+    assert torch.equal(torch.get_rng_state(), state)  # by the given generator alone
     for name, layer in layers.items():
         layer.weight.data[masks[name]] = before[0][f"{name}.weight"][masks[name]]
     assert_same(snapshot(model, tracker), before)
-
-
-def test_sampling_draws_from_its_generator_alone():
-    model, tracker, _ = oscillating_net(0.5)
-    (trained, _), drawn, state = snapshot(model), [], torch.get_rng_state()
-    for seed in (1, 1, 2):
-        model.load_state_dict(trained)
-        osc_qat.sample_oscillating_weights(model, tracker, torch.Generator().manual_seed(seed), 0.5)
-        drawn.append(torch.cat([layer.weight_int().flatten()
-                                for layer in quant_layers(model, 4).values()]))
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_binary_optimisation_finds_the_best_of_all_choices_together():
@@ -1122,33 +1093,7 @@ def test_binary_optimisation_finds_the_best_of_all_choices_together():
     assert not layer.frozen.any()
 
 
-def one_choice(share, steps=100, **options):
-    """AdaRound's choice, 0 or 1, for one weight that starts at `share`; the task pulls it down."""
-    model = quantize_model(nn.Sequential(nn.Linear(1, 2)), 3, first_last_bits=3)
-    model[0].weight.data.zero_()
-    model[0].bias.data.zero_()
-    model[0].weight_quantizer.scale.data.fill_(0.1)
-    tracker = OscillationTracker(model)
-    tracker.f[0], tracker.ema_int[0] = 1, share
-    batches = [(torch.ones(8, 1), torch.ones(8, dtype=torch.long))] * steps
-    assert osc_qat.optimize_oscillating_weights(model, tracker, batches, steps, **options) == 1
-    return model[0].weight_int()[0].item()
-
-
-def test_binary_optimisation_starts_at_the_share_of_time():
-    """Table 3: the relaxed weight begins at its mean; without a step the nearer state is chosen."""
-    for share in (0.1, 0.4, 0.6, 0.9):
-        assert one_choice(share, lr=0.0) == (share > 0.5)
-    model, tracker, masks = oscillating_net(0.3)
-    layer, seen = model[3], []
-    model.register_forward_hook(lambda *_: seen.append(layer.weight_hat().detach()))
-    batches = [(x, torch.arange(len(x)) % 5) for x in images(1)]
-    osc_qat.optimize_oscillating_weights(model, tracker, batches, steps=1, threshold=0.5)
-    relaxed = seen[0][masks["3"]] / layer.weight_quantizer.scale.detach()
-    assert_close(relaxed, torch.full_like(relaxed, 0.3))
-
-
-def test_adaround_descends_the_mean_of_its_regularizer_and_keeps_h_in_0_to_1(monkeypatch):
+def test_adaround_starts_at_the_share_of_time_and_descends_the_mean_of_its_regularizer(monkeypatch):
     """AdaRound, Eq. 23 and 24: the gradient by hand for 8 choices; an input of 0 mutes the task."""
     gradients = []
 
@@ -1171,8 +1116,9 @@ def test_adaround_descends_the_mean_of_its_regularizer_and_keeps_h_in_0_to_1(mon
     osc_qat.optimize_oscillating_weights(model, tracker, itertools.repeat(batch), steps=5)
     sigmoid = 1 / (1 + torch.exp(-torch.tensor([-2, -1, -0.5, 0.5, 1, 2])))
     h = 1.2 * sigmoid - 0.1
-    relaxed = steps[1] / model[0].weight_quantizer.scale
-    assert_close(relaxed, torch.cat([torch.zeros(1), h, torch.ones(1)]))  # h(-9) = 0, h(9) = 1
+    relaxed = torch.stack(steps) / model[0].weight_quantizer.scale
+    assert_close(relaxed[0], torch.full((8,), 0.3))
+    assert_close(relaxed[1], torch.cat([torch.zeros(1), h, torch.ones(1)]))  # h(-9) = 0, h(9) = 1
     assert len(gradients) == 5 and not gradients[0].any()  # off in the first fifth
     for step, beta in ((1, 20), (3, 11)):  # half a cosine from 20 to 2, at its start and middle
         slope = -beta * (2 * h - 1).abs() ** (beta - 1) * (2 * h - 1).sign() * 2 / 8
@@ -1182,13 +1128,6 @@ def test_adaround_descends_the_mean_of_its_regularizer_and_keeps_h_in_0_to_1(mon
     assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(ValueError, match="10000 steps"):  # the default
         osc_qat.optimize_oscillating_weights(model, tracker, [batch])
-
-
-def test_binary_optimisation_has_adarounds_regularizer_with_beta_from_20_to_2():
-    """AdaRound, Eq. 24: flat in the middle at first, and near 0 and 1 a pull to the near side."""
-    assert one_choice(0.9, lr=0.03, regularizer=0.0) == 0  # the task's choice
-    assert one_choice(0.9, lr=0.03, regularizer=1000.0) == 1
-    assert one_choice(0.6, lr=0.01, regularizer=1000.0) == 0  # crosses while beta is large
 
 
 def test_binary_optimisation_normalises_by_the_batch():
@@ -1653,9 +1592,9 @@ def test_a_file_is_written_through_a_link_and_no_other_file_is_touched(tmp_path,
 # --- Section 2.2 and appendix A: the toy ----------------------------------------------------------
 
 
-def toy_targets(low, high, count=12, seed=0):
+def toy_targets(low, high, count=12):
     """w* at random on the grid, s = 0.1, d/s from low to high, both included: (w*, q(w*), d)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     point = torch.randint(-7, 7, (count,), generator=generator).double() * 0.1
     side = torch.randint(0, 2, (count,), generator=generator) * 2.0 - 1
     share = torch.rand(count, generator=generator).double()
@@ -1664,10 +1603,9 @@ def toy_targets(low, high, count=12, seed=0):
     return point + side * d, point, d
 
 
-@lru_cache
-def toy_swings(low, high, skip=50, seed=0, **settings):
+def toy_swings(low, high, skip=50, **settings):
     """Traces (w, w_hat) of those targets, from the threshold: the way to it takes 1/lr steps."""
-    target, point, _ = toy_targets(low, high, seed=seed)
+    target, point, _ = toy_targets(low, high)
     start = point + (target - point).sign() * 0.05
     traces = toy_oscillation.simulate(target, start=start, **settings)
     return tuple(trace[skip:] for trace in traces)
@@ -1697,19 +1635,16 @@ def test_toy_travels_to_the_threshold_before_it_swings():
 
 
 @pytest.mark.parametrize("lr", (0.01, 0.1, 1.0))
-def test_toy_frequency_mean_and_height_follow_the_target(lr, seed=0):
+def test_toy_frequency_mean_and_height_follow_the_target(lr):
     """A.2, A.3, Figures 5 and 6, d/s from 0.05 to 0.5: frequency d/s whatever lr, mean of q(w) w*,
     height of a swing lr (s - d), so proportional to lr over these two decades."""
-    target, point, d = toy_targets(0.05, 0.5, seed=seed)
-    w, w_hat = toy_swings(0.05, 0.5, lr=lr, steps=1100, seed=seed)
+    target, point, d = toy_targets(0.05, 0.5)
+    w, w_hat = toy_swings(0.05, 0.5, lr=lr, steps=1100)
     assert_close(toy_cycles(w_hat), d / 0.1, rtol=0.01, atol=0)
     assert (w_hat.mean(0) - target).abs().max() < 0.001 * 0.1
     assert (((w_hat - point).abs() > 0.05).double().mean(0) - d / 0.1).abs().max() < 0.001
     assert_close(toy_height(w) / lr, 0.1 - d, rtol=0.02, atol=0)
     assert (w.amax(0) - w.amin(0) < lr * 0.1 + 1e-12).all()
-    other, other_hat = toy_swings(0.05, 0.5, lr=0.1, steps=1100, seed=seed)
-    assert_close(toy_cycles(w_hat), toy_cycles(other_hat), rtol=0.01, atol=0)
-    assert_close(toy_height(w) / lr, toy_height(other) / 0.1, rtol=0.05, atol=0)
 
 
 def test_toy_random_input_slows_and_widens_the_swing_and_keeps_the_mean():
@@ -1733,12 +1668,6 @@ def test_toy_multiplicative_estimators_rescale_the_swing_and_cannot_stop_it(esti
     w, w_hat = toy_swings(0.1, 0.45, lr=0.004, steps=450, estimator=estimator)
     assert_close(toy_cycles(w_hat), d / 0.1, rtol=0.02, atol=0)
     assert_close(toy_height(w), factor * 0.004 * (0.1 - d), rtol=0.05, atol=0)
-
-
-def test_toy_dsq_departs_from_d_over_s_at_a_large_learning_rate():
-    """Its factor falls off around the threshold; w gets further, and stays, on the nearer side."""
-    w_hat = toy_swings(0.1, 0.3, lr=0.1, steps=400, estimator="dsq")[1]
-    assert (toy_cycles(w_hat) < 0.9 * toy_targets(0.1, 0.3)[2] / 0.1).all()
 
 
 @pytest.mark.parametrize("estimator, low, high", (("ste", 0.49, 0.5), ("ewgs", 0.49, 0.5),
@@ -1976,17 +1905,12 @@ def test_toy_figure_5_draws_every_estimator(monkeypatch):
         assert line.get_ydata().tolist() == pytest.approx([0.2] * 60, abs=1e-6)
 
 
-def toy_cures(figure):
-    """The lines of the .gif, with their traces: no cure, dampening, freezing; each q(w), then w."""
-    toy = toy_oscillation.Toy(0.127, lr=0.1, steps=72, cure_after=36)
-    cured = {name: replace(toy, **cure) for name, cure in toy_oscillation.CURES.items()}
-    return toy_oscillation.draw_weights(figure, {"no cure": toy} | cured)
-
-
 def test_toy_gif_shows_the_way_to_the_threshold_and_then_what_cures_do():
     """w passes w* and goes on; lambda = 1 ends at q(w) + d / (2 lambda), freezing on q(w)."""
     figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is optional").Figure()
-    lines = toy_cures(figure)
+    toy = toy_oscillation.Toy(0.127, lr=0.1, steps=72, cure_after=36)
+    cured = {name: replace(toy, **cure) for name, cure in toy_oscillation.CURES.items()}
+    lines = toy_oscillation.draw_weights(figure, {"no cure": toy} | cured)
     for (_, w_hat), (_, w), end in zip(lines[::2], lines[1::2], (None, 0.1135, 0.1)):
         assert w[0].item() == pytest.approx(0.11) and (w_hat[:15] - 0.1).abs().max() < 1e-12
         assert w[:15].max() > 0.127 + 0.01 and (w_hat[15:36] - 0.2).abs().min() < 1e-12
@@ -2041,7 +1965,7 @@ def test_toy_runs_without_docstrings(capsys):
     """As under python -OO."""
     code = compile((ROOT / "toy_oscillation.py").read_text(), "toy", "exec", optimize=2)
     exec(code, names := {"__name__": "bare"})
-    assert names["main"](["--steps", "3"]) == 0 and names["__doc__"] is None
+    assert names["main"](["--steps", "3"]) == 0 and not names.get("__doc__")
     assert "mean q(w)" in capsys.readouterr().out
 
 
