@@ -1284,7 +1284,7 @@ def in_powers_of_two(net, x):
         bn.weight.data = powers(bn.weight.shape, -1, 1)
         bn.weight.data[::3] *= -1
         bn.bias.data.normal_().mul_(2).round_()
-        bn.weight.data[4], bn.running_var[5] = 0, 2.0**60  # a channel that is off, one that vanishes
+        bn.weight.data[4], bn.running_var[5] = 0, 2.0**60  # one channel is off, one vanishes
     calibrate(net, [x])
     for q in (layer.input_quantizer for layer in quant_layers(net).values()):
         if q:
@@ -1310,7 +1310,8 @@ def test_the_file_has_the_networks_logits_bit_for_bit(onnx, bits, act_bits, tmp_
     session(content, optimized=tmp_path / "optimized.onnx")
     nodes = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
     # Two convolutions stand between quantizers. 8 bits can have no room for -(-128) in the first.
-    assert nodes.count("QLinearConv") in ((0,) if act_bits is None else (1, 2) if bits == 8 else (2,))
+    allowed = {0} if act_bits is None else {1, 2} if bits == 8 else {2}
+    assert nodes.count("QLinearConv") in allowed
 
 
 @pytest.mark.parametrize("groups", [1, 2, 16])
@@ -1506,7 +1507,8 @@ def odd_pictures(folder):
     for name, picture, options in (
             ("alpha.png", alpha, {}), ("gray_alpha.png", alpha.convert("LA"), {}),
             ("palette.png", palette, {"transparency": 3}), ("deep.png", Image.fromarray(deep), {}),
-            ("keyed.png", colour, {"transparency": (0, 0, 0)}), ("cmyk.jpg", colour.convert("CMYK"), {}),
+            ("keyed.png", colour, {"transparency": (0, 0, 0)}),
+            ("cmyk.jpg", colour.convert("CMYK"), {}),
             ("turned.jpg", colour, {"exif": turned}), ("strip.png", colour.resize((5000, 1)), {}),
             ("column.png", colour.resize((1, 3000)), {}), ("pixel.png", colour.resize((1, 1)), {})):
         picture.save(folder / name, **options)
@@ -1571,14 +1573,14 @@ def test_an_export_needs_no_pictures_and_says_what_is_wrong(
 
 
 def test_a_file_is_written_through_a_link_and_no_other_file_is_touched(tmp_path, monkeypatch):
-    """Nor is it lost on a full disk; a mount point cannot be replaced, so it is written in place."""
+    """Nor is it lost on a full disk. A mount point cannot be replaced: it is written in place."""
     (tmp_path / "net.onnx.part").write_text("a user's")
     (tmp_path / "target").write_text("old")
     link = tmp_path / "net.onnx"
     link.symlink_to("target")
     train.save_atomically(link, b"new")
     assert link.is_symlink() and (tmp_path / "target").read_text() == "new"
-    monkeypatch.setattr(os, "replace", partial(fail, OSError(errno.EBUSY, "Device or resource busy")))
+    monkeypatch.setattr(os, "replace", partial(fail, OSError(errno.EBUSY, "busy")))
     train.save_atomically(link, b"newer")
     assert link.is_symlink() and (tmp_path / "target").read_text() == "newer"
     monkeypatch.setattr(os, "replace", partial(fail, OSError(errno.ENOSPC, "No space left")))

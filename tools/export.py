@@ -440,7 +440,8 @@ def report(run: train.Run, content: bytes, path: str, top1: float | None) -> Non
     """
     shape = 3, run.args.image_size, run.args.image_size
     floats = float_onnx(run.model, shape)
-    sessions, times, file_top1 = [open_session(each) for each in (floats, content)], [None] * 2, None
+    sessions = [open_session(each) for each in (floats, content)]
+    times, file_top1 = [None, None], None
     if all(sessions):
         times = milliseconds(sessions, np.zeros((1, *shape), np.float32))
         if top1 is not None:
