@@ -4918,6 +4918,17 @@ def test_a_pipe_gets_the_line_of_an_epoch_at_once(ab):
     assert line.startswith(b"epoch 1 ") and log.count(b"\n") < 20
 
 
+def test_every_script_shows_each_line_at_once(tmp_path, monkeypatch):
+    """In a file, before it ends; with bars, tqdm would do so too."""
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # to be put back
+    monkeypatch.setattr(sys, "stdout", open(tmp_path / "out", "w"))
+    with pytest.raises(SystemExit):
+        train.run_script(lambda: seen.append((print("line"), (tmp_path / "out").read_text())))
+    sys.stdout.close()
+    assert seen == [(None, "line\n")]
+
+
 @pytest.fixture
 def bars(monkeypatch):
     """Titles and options of all bars. What would appear after a minute appears at once."""
