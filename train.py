@@ -815,7 +815,11 @@ def read_file(path: str | Path, flag: str) -> dict:
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
     checkpoint = {OLD_KEYS.get(key, key): value for key, value in content.items()}
     if checkpoint.keys() >= CHECKPOINT_KEYS:  # older versions had no --hflip
-        return checkpoint | {"arguments": {"hflip": 0.5} | checkpoint["arguments"]}
+        arguments = {"hflip": 0.5} | checkpoint["arguments"]
+        if arguments["method"] not in METHODS:
+            raise UserError(f"{flag} {path}: --method {arguments['method']} is not in METHODS; "
+                            "use the script that trained it")
+        return checkpoint | {"arguments": arguments}
     if flag != "--weights":
         raise UserError(f"{flag} {path}: is not a checkpoint of this train.py")
     return content
