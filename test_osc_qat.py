@@ -550,7 +550,7 @@ def test_a_further_kind_of_layer_is_one_product_and_one_entry(monkeypatch):
 def test_what_cannot_be_quantized_is_refused_by_name(kind):
     """Section 4: in float without a word, "first" or "last" would fall on another layer."""
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Sequential(ODD[kind]()))
-    with pytest.raises(ValueError, match=rf"cannot quantize 2\.0 \({kind}\): a layer must be"):
+    with pytest.raises(ValueError, match=rf"cannot quantize 2\.0 \({kind}\).*: a layer must"):
         quantize_model(net, 3)
     assert type(net[0]) is type(net[1]) is nn.Linear
 
@@ -1296,12 +1296,17 @@ def in_powers_of_two(net, x):
 def test_the_file_has_the_networks_logits_bit_for_bit(onnx, bits, act_bits, tmp_path):
     """Where all scales are powers of two: every product and sum is exact, and ties are many."""
     act_bits = bits if act_bits == "as weights" else act_bits
-    net = quantize_model(Mixed(), bits, act_bits, per_channel=bits % 2 == 1).eval()
-    x = torch.randint(-32, 33, (16, 3, 16, 16)) / 16
-    in_powers_of_two(net, x)
-    with torch.no_grad():
-        expected = net(x)
-    assert len(expected.unique(dim=0)) > 1 and len(expected.unique()) > 9
+    for seed in range(9):  # some draws give all images the same logits
+        torch.manual_seed(seed)
+        net = quantize_model(Mixed(), bits, act_bits, per_channel=bits % 2 == 1).eval()
+        x = torch.randint(-32, 33, (16, 3, 16, 16)) / 16
+        in_powers_of_two(net, x)
+        with torch.no_grad():
+            expected = net(x)
+        if len(expected.unique(dim=0)) > 1 and len(expected.unique()) > 9:
+            break
+    else:
+        pytest.fail("no draw distinguishes the images")
     for logits in logits_of_all_forms(net, x, (3, 16, 16)):
         # Without input quantizers the sums grow beyond float32's 24 bits.
         assert_close(logits, expected, rtol=0, atol=0 if act_bits else 1e-5)

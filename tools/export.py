@@ -484,8 +484,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--data", type=train.a_path, metavar="DIR",
                    help="pictures, if they are no longer where the run found them")
     p.add_argument("--int8", action="store_true",
-                   help="store weights of up to 4 bits in 8, for onnxruntime "
-                   f"{INT8_NEEDS} to {INT4_NEEDS}")
+                   help="store weights of up to 4 bits in 8 bits, for onnxruntime "
+                   f"{INT8_NEEDS} and newer, not {INT4_NEEDS}")
     p.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu",
                    workers=min(8, os.cpu_count() or 1))
     args = p.parse_args(argv)

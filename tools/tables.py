@@ -345,9 +345,9 @@ def group_row(runs: dict[int, dict]) -> dict[str, str]:
 
 
 def results(groups: dict) -> str:
-    """The methods and the control at W2 (the second plan) and at W3 (the first one)."""
+    """The methods and the control on photographs: at W2 (plan 2), and at W3 (plan 1)."""
     rows = []
-    for stem in ("cifar-second-{}", "cifar-{}", "second-{}", "{}"):
+    for stem in ("cifar-second-{}", "cifar-{}"):
         bits = "w2" if "second" in stem else "w3"
         for name in (f"{bits}-lsq", f"{bits}-dampen", f"{bits}-freeze", "control"):
             if runs := groups.get(stem.format(name)):
