@@ -881,7 +881,7 @@ def checkpoint_to_resume(args: argparse.Namespace) -> tuple[dict | None, bool]:
               for key, value in vars(args).items()
               if key not in may_differ and old.get(key) != value]
     if differ:
-        there = "; ".join(differ).replace("--processes", "torchrun's number of processes:")
+        there = "; ".join(differ).replace("--processes", "torchrun's number of processes")
         raise UserError(f"--output {last}: holds a run of another command: {there}; choose another "
                         "--output (a longer training is a new run from the float --weights, since "
                         "the learning rate of this one has already fallen)")
