@@ -5230,7 +5230,6 @@ def test_the_readme_lists_what_changes_results_and_grep_finds_every_difference()
     marks = [line for file in ROOT.glob("*.py") if not file.name.startswith("test")
              for line in file.read_text().splitlines() if re.search(command, line)]
     assert len(marks) >= 25
-    assert len(text.split()) <= 2700 and text.count("\n") <= 270
 
 
 def readme_code(word):
