@@ -1493,7 +1493,7 @@ def test_an_export_reports_what_one_gained(exported, whole):
     assert float(rows["float network"][2]) == pytest.approx(summary["fp32_top1"], abs=0.01)
     assert abs(float(rows[str(file)][2]) - summary["post_bn_top1"]) < 12  # two of 17 pictures
     assert float(rows[str(file)][0]) == pytest.approx(file.stat().st_size / 1e6, rel=1e-3)
-    assert float(rows[str(file)][0]) < float(rows["float network"][0]) / 2
+    assert float(rows[str(file)][0]) < float(rows["float network"][0]) * 0.6
     assert all(float(rows[name][1]) > 0 for name in (str(file), "float network"))
     assert f"needs onnxruntime {'1.23' if int4_runs() else '1.19'} or newer" in out
 
