@@ -5215,7 +5215,8 @@ def test_the_readmes_commands_lead_from_own_pictures_to_a_file_for_other_runtime
             flags = re.sub(r"--epochs \d+", small_run, flags).replace("*-lsq-*", "*").split()
             flags = [path for word in flags for path in
                      (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
-            more = {"-m tools.analyze": ["--steps", "4", "--workers", "0"]}.get(program, [])
+            more = {"-m tools.analyze": ["--steps", "4", "--workers", "0"],
+                    "-m tools.export": [] if int4_runs() else ["--int8"]}.get(program, [])
             assert PROGRAMS[program].main([*flags, *more]) == 0, command
         printed[program] = capsys.readouterr().out
     assert float(re.search(r"'features\.\S+\.frozen': ([\d.]+)", printed["-c"])[1]) >= 0
