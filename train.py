@@ -725,7 +725,8 @@ def build_model(name: str, num_classes: int = 1000, weights: str | None = None, 
     if name not in NETWORKS:
         raise UserError(f"--model {name}: is not in NETWORKS; use the script that trained it")
     options = {} if width == 1 else {"width_mult": width}
-    with user_error(f"--width: {name} has no width multiplier; leave it out", TypeError):
+    refused = [TypeError] if options else []  # without --width, it is an error of the builder
+    with user_error(f"--width: {name} has no width multiplier; leave it out", *refused):
         model = NETWORKS[name](num_classes=num_classes, **options)
     if "same_padding" in preprocessing:
         use_same_padding(model)
